@@ -1,0 +1,101 @@
+"""Where things lie, and how files appear: whole or not at all."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ssl_diversity.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent  # holds configs/, datasets/ and launch/
+
+
+def home() -> Path:
+    """The folder that holds `runs/`, `store/` and `pools/`: `SSL_DIVERSITY_HOME`, else the current folder."""
+    return Path(os.environ.get("SSL_DIVERSITY_HOME") or ".").expanduser().resolve()
+
+
+def pools_dir() -> Path:
+    return home() / "pools"
+
+
+def runs_dir() -> Path:
+    return home() / "runs"
+
+
+def task_dir(kind: str, key: str) -> Path:
+    """The folder of one task's output: `store/<kind>/<key[:2]>/<key>/`."""
+    return home() / "store" / kind / key[:2] / key
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it vanishes.
+
+    Symptom without it: after a kill or a full disk, a half-written file is taken for a whole one.
+    Cause: writing in place. Cure: write elsewhere on the same file system, fsync, rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    temporary.chmod(0o666 & ~_umask())
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise disk_full(path) from error
+        raise
+
+
+def disk_full(path: Path) -> UserError:
+    """The error for a full disk, naming where and how much is free."""
+    free = shutil.disk_usage(path.parent).free
+    return UserError(
+        f"disk full while writing {path} ({free / 2**20:.0f} MiB free): nothing half-written was kept; "
+        "free some space (`ssl-diversity store gc`) or move SSL_DIVERSITY_HOME, then run the same command again"
+    )
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` so that `path` holds all of it or what it held before."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def digest(value: Any) -> str:
+    """128-bit hex digest of any JSON value (canonical form: sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

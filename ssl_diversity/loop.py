@@ -1,0 +1,232 @@
+"""The Lightning Trainer for cells and generators: exact budget, signals, checkpoints, exact resume.
+
+There are no epochs here. A run is `order.steps` batches; batch k is a function of k alone, so a run
+resumed at step k asks the order for batch k and goes on as if it had never stopped: bit for bit on CPU.
+(Lightning resumes inside an epoch by replaying its sampler, from the wrong epoch with workers; we give
+it one endless epoch and start our own iterator at the checkpoint's step.)
+"""
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
+from torch import Tensor
+
+from ssl_diversity.errors import Interrupted, UserError
+from ssl_diversity.files import replacing
+from ssl_diversity.runtime import Runtime
+
+HISTORY_POINTS = 64  # losses kept per run, evenly spaced in samples seen
+PREFETCH_BATCHES = 2
+
+
+class Order(Protocol):
+    """Which images form which batch."""
+
+    steps: int
+
+    def batch(self, step: int) -> np.ndarray: ...
+
+
+class Reader(Protocol):
+    """The images themselves: indices int64 (B,) to uint8 (B, 3, H, W)."""
+
+    def read(self, indices: np.ndarray) -> np.ndarray: ...
+
+
+class TrainingModule(pl.LightningModule):
+    """What `fit` trains: takes {"images": uint8 (B, 3, H, W), "positions": int64 (B,)}.
+
+    Everything needed to go on is in `state_dict()` and the optimiser's state; `last_loss` is the
+    detached loss of the latest step, read only now and then.
+    """
+
+    last_loss: Tensor
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run cost. `history` holds [samples seen, loss] pairs; seconds are training alone."""
+
+    samples_seen: int
+    seconds: float
+    peak_memory_bytes: int
+    history: list[list[float]]
+
+
+def fit(
+    module: TrainingModule,
+    *,
+    order: Order,
+    reader: Reader,
+    batch_size: int,
+    out: Path,
+    runtime: Runtime,
+    precision: str,
+    checkpoint_samples: int,
+) -> FitResult:
+    """Train `module` on exactly `order.steps` batches, going on from `out/last.ckpt` where there is one.
+
+    Saves `out/last.ckpt` every `checkpoint_samples` samples and when `runtime.stop()` turns true, then
+    raises Interrupted. The caller removes the checkpoint once it has published the result.
+
+    Raises UserError where the loss stops being finite.
+    """
+    runtime.set_threads()
+    checkpoint = out / "last.ckpt"
+    start = _checkpoint_step(checkpoint)
+    guard = _Guard(order.steps, batch_size, checkpoint, checkpoint_samples, runtime)
+    _reset_peak_memory(runtime.device)
+    trainer = _trainer(order.steps, out, runtime.device, precision, guard)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning|lightning_fabric")
+        trainer.fit(
+            module,
+            train_dataloaders=_Batches(order, reader, start, batch_size),
+            ckpt_path=str(checkpoint) if start else None,
+            weights_only=True if start else None,
+        )
+    if trainer.global_step != order.steps:
+        raise RuntimeError(f"trained {trainer.global_step} steps where the budget says {order.steps}")
+    return FitResult(order.steps * batch_size, guard.seconds, _peak_memory(runtime.device), guard.history)
+
+
+class _Batches:
+    """Batches from step `start` on, read ahead by a thread while the model computes."""
+
+    def __init__(self, order: Order, reader: Reader, start: int, batch_size: int) -> None:
+        self.order, self.reader, self.start, self.batch_size = order, reader, start, batch_size
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        images = torch.from_numpy(self.reader.read(self.order.batch(step)))
+        first = step * self.batch_size
+        return {"images": images, "positions": torch.arange(first, first + self.batch_size)}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+            ahead: list[Future[dict[str, Tensor]]] = []
+            for step in range(self.start, self.order.steps):
+                while len(ahead) < PREFETCH_BATCHES and step + len(ahead) < self.order.steps:
+                    ahead.append(pool.submit(self._batch, step + len(ahead)))
+                yield ahead.pop(0).result()
+
+
+class _Guard(pl.Callback):
+    """After every step: is it time to save, to stop, to tell how far we are? Costs no host sync."""
+
+    def __init__(
+        self, steps: int, batch_size: int, checkpoint: Path, checkpoint_samples: int, runtime: Runtime
+    ) -> None:
+        self.steps, self.batch_size, self.checkpoint, self.runtime = steps, batch_size, checkpoint, runtime
+        self.every = max(1, checkpoint_samples // batch_size)
+        self.history_every = max(1, math.ceil(steps / HISTORY_POINTS))
+        self.history: list[list[float]] = []
+        self.seconds = 0.0
+        self._resumed_at = self._told_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.seconds = list(state_dict["history"]), float(state_dict["seconds"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._resumed_at = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.history_every == 0 or step == self.steps:
+            self._record(step, float(pl_module.last_loss))
+        stopping = self.runtime.stop()
+        if stopping or (step % self.every == 0 and step < self.steps):
+            self._save(trainer)
+        if stopping:
+            raise Interrupted(
+                f"stopped after {step * self.batch_size} samples; {self.checkpoint} holds the state"
+            )
+        now = time.monotonic()
+        if now - self._told_at > 0.5 or step == self.steps:
+            self._told_at = now
+            self.runtime.progress(step * self.batch_size, self.steps * self.batch_size)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = self._elapsed()
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self._resumed_at
+
+    def _record(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} after {step * self.batch_size} samples; "
+                "lower the learning rate (hyperparameters.<method>.lr) or use precision=32-true"
+            )
+        self.history.append([step * self.batch_size, loss])
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        with replacing(self.checkpoint) as temporary:
+            trainer.save_checkpoint(temporary)
+
+
+def _trainer(steps: int, out: Path, device: str, precision: str, guard: _Guard) -> pl.Trainer:
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return pl.Trainer(
+        accelerator="gpu" if device.startswith("cuda") else device,
+        devices=[int(device.split(":")[1])] if ":" in device else 1,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        max_steps=steps,
+        callbacks=[guard],
+        plugins=[LightningEnvironment()],  # ours are the signals and the requeue, also under SLURM
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=out,
+    )
+
+
+def _checkpoint_step(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at; one that cannot be read is removed, and the run starts anew."""
+    if not checkpoint.exists():
+        return 0
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:
+        warnings.warn(f"{checkpoint} is not readable ({error}); starting anew", stacklevel=2)
+        checkpoint.unlink()
+        return 0
+
+
+def _reset_peak_memory(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+
+def _peak_memory(device: str) -> int:
+    """Peak bytes allocated on the GPU, or this process's peak resident set on CPU (0 where unknown)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

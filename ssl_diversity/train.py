@@ -1,0 +1,104 @@
+"""A cell's pretraining: one method, one backbone, N rows of a pool, exactly C samples."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ssl_diversity import budget
+from ssl_diversity.config import Config
+from ssl_diversity.methods.recipe import Recipe
+from ssl_diversity.runtime import Runtime
+
+EFFECTIVE_RANK_IMAGES = 1024
+
+
+class CellSpec(Config):
+    """One point of the grid, resolved: everything that determines the weights that come out.
+
+    `pool` is the directory name of the pool (where to find it, not what it is); `rows_digest` is what the
+    cell may see of it: `unique_samples` consecutive rows from `rows_start`.
+    """
+
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"pool", "rows_start", "checkpoint_samples"})
+
+    method: str
+    backbone: str
+    recipe: Recipe
+    image_size: int
+    pool: str
+    rows_start: int
+    rows_digest: str
+    unique_samples: int
+    budget: int
+    batch_size: int
+    seed: int
+    replicate: int = 0
+    order: str = "global"
+    precision: str = "bf16-mixed"
+    decode: str = "exact"
+    checkpoint_samples: int = 1_000_000
+
+
+def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
+    """Train the cell, going on from `out/last.ckpt` if there is one, and write `out/weights.pt`.
+
+    `weights.pt` holds {"backbone", "image_size", "pooling", "state_dict"} of the network to evaluate.
+    Returns the measures of the run. Raises Interrupted after saving when asked to stop.
+    """
+    import torch
+
+    from ssl_diversity import loop, methods
+    from ssl_diversity.data.order import GlobalOrder
+    from ssl_diversity.data.pool import Pool, Rows
+    from ssl_diversity.data.reading import open_reader
+    from ssl_diversity.distance.diversity import collapsed, effective_rank
+    from ssl_diversity.features import embed_images, load_weights
+    from ssl_diversity.files import replacing
+    from ssl_diversity.methods.flops import flops_per_sample
+
+    runtime.set_threads()
+    pool = Pool.open(spec.pool)
+    rows = Rows(spec.rows_start, spec.unique_samples, pool.size)
+    samples = budget.used(spec.budget, spec.batch_size)
+    module = methods.build(
+        spec.method,
+        backbone=spec.backbone,
+        image_size=spec.image_size,
+        recipe=spec.recipe,
+        budget=samples,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+    result = loop.fit(
+        module,
+        order=GlobalOrder(spec.unique_samples, spec.batch_size, spec.seed, spec.budget),
+        reader=open_reader(pool, rows),
+        batch_size=spec.batch_size,
+        out=out,
+        runtime=runtime,
+        precision=spec.precision,
+        checkpoint_samples=spec.checkpoint_samples,
+    )
+    pooling, state = module.evaluation_state()
+    weights = {
+        "backbone": spec.backbone,
+        "image_size": spec.image_size,
+        "pooling": pooling,
+        "state_dict": {name: value.cpu() for name, value in state.items()},
+    }
+    with replacing(out / "weights.pt") as temporary:
+        torch.save(weights, temporary)
+    shown = pool.images(rows[range(min(spec.unique_samples, EFFECTIVE_RANK_IMAGES))])
+    features = embed_images(shown, load_weights(out / "weights.pt"), device=runtime.device)
+    per_sample = flops_per_sample(spec.method, spec.backbone, spec.image_size, spec.recipe)
+    return {
+        "samples_seen": result.samples_seen,
+        "flops_per_sample": per_sample,
+        "flops": per_sample * result.samples_seen,
+        "train_seconds": result.seconds,
+        "samples_per_second": result.samples_seen / result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "effective_rank": effective_rank(features),
+        "collapsed": collapsed(features),
+        "final_loss": result.history[-1][1],
+        "history": result.history,
+    }
