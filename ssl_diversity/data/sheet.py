@@ -1,0 +1,49 @@
+"""Looking at a pool: counts, and a contact sheet."""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssl_diversity.data.pool import Pool
+
+_GAP = 2  # pixels between images
+
+
+def contact_sheet(pool: Pool, n: int = 64) -> bytes:
+    """PNG of the first `n` images (a pool's order is random) in a near-square grid on white."""
+    images = pool.images(np.arange(min(n, pool.size)))
+    columns = math.ceil(math.sqrt(len(images)))
+    step = pool.image_size + _GAP
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * step + _GAP, columns * step + _GAP, 3), 255, np.uint8)
+    for i, pixels in enumerate(images):
+        y, x = i // columns * step + _GAP, i % columns * step + _GAP
+        sheet[y : y + pool.image_size, x : x + pool.image_size] = pixels
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def inspect(pool: Pool) -> dict[str, Any]:
+    """What `data inspect` shows: where it comes from, how many of what, and rows per class."""
+    info = pool.info
+    per_class = np.bincount(pool.label[pool.label >= 0], minlength=len(info.classes))
+    return {
+        "name": info.name,
+        "folder": str(pool.path),
+        "source": info.source,
+        "origin": info.origin,
+        "terms": info.terms,
+        "size": info.size,
+        "encoding": info.encoding,
+        "seed": info.seed,
+        "digest": info.digest,
+        "real_images": info.real_images,
+        "counts": dict(info.counts),
+        "shards": len(info.shards),
+        "bytes": sum(shard.bytes for shard in info.shards),
+        "classes": dict(zip(info.classes, per_class.tolist(), strict=False)),
+    }

@@ -1,0 +1,24 @@
+"""Where images come from: one file per kind, each with a class that extends `base.Source`.
+
+To add a kind: write its file, name it here (docs/adding-a-source.md).
+"""
+
+import importlib
+
+from ssl_diversity.data.sources.base import Source
+from ssl_diversity.errors import UserError
+
+SOURCES = {  # kind -> module, class; imported when used
+    "digits": ("ssl_diversity.data.sources.digits", "Digits"),
+    "photo_patches": ("ssl_diversity.data.sources.photo_patches", "PhotoPatches"),
+    "folder": ("ssl_diversity.data.sources.folder", "Folder"),
+}
+
+
+def source_class(kind: str) -> type[Source]:
+    """The class of a source kind; UserError names the known ones."""
+    if kind not in SOURCES:
+        raise UserError(f"source={kind}: unknown kind; known: {', '.join(sorted(SOURCES))}")
+    module, name = SOURCES[kind]
+    found: type[Source] = getattr(importlib.import_module(module), name)
+    return found

@@ -1,0 +1,95 @@
+"""`verify`: whether a pool's files are still what they were when it was made."""
+
+import hashlib
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ssl_diversity.data import image
+from ssl_diversity.data.config import Shard
+from ssl_diversity.data.pool import Pool
+from ssl_diversity.data.writer import file_digest
+from ssl_diversity.errors import UserError
+
+
+def verify(
+    pool: Pool | Path | str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """Every difference found, each naming its file; [] for a whole pool. `progress` counts rows.
+
+    Rechecks checksums of shards, index and list of dropped images, the chained digests against the index,
+    the index against the members of each shard, and that each row decodes to the pool's size.
+    """
+    try:
+        pool = Pool.open(pool.path if isinstance(pool, Pool) else pool)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for name, expected in pool.info.files.items():
+        path = pool.path / name
+        if not path.exists():
+            problems.append(f"{path}: missing")
+        elif file_digest(path) != expected:
+            problems.append(f"{path}: checksum differs")
+    try:
+        problems += _chain(pool)
+        columns: Pool | None = (
+            pool if pool.label.size + pool.shard.size + pool.offset.size + pool.length.size else None
+        )
+    except UserError:
+        columns = None  # its file is named above
+    row = 0
+    for number, shard in enumerate(pool.info.shards):
+        path = pool.path / shard.file
+        if not path.exists():
+            problems.append(f"{path}: missing")
+        elif file_digest(path) != shard.blake2b:
+            problems.append(f"{path}: checksum differs")
+        elif columns is not None:
+            problems += [f"{path}: {problem}" for problem in _members(columns, path, number, shard, row)]
+        row += shard.rows
+        progress(row, pool.size)
+    return problems
+
+
+def _chain(pool: Pool) -> list[str]:
+    state = hashlib.blake2b(digest_size=16)
+    row = 0
+    for shard in pool.info.shards:
+        rows = slice(row, row + shard.rows)
+        labels = pool.label[rows].astype("<i4").view(np.uint8).reshape(-1, 4)
+        state.update(np.concatenate([pool.content[rows], labels], axis=1).tobytes())
+        row += shard.rows
+        if state.hexdigest() != shard.chained:
+            return [f"{pool.path / 'index'}: rows of {shard.file} differ from the digest in pool.json"]
+    return [] if row == pool.size else [f"{pool.path / 'pool.json'}: shards hold {row} rows, not {pool.size}"]
+
+
+def _members(pool: Pool, path: Path, number: int, shard: Shard, row: int) -> list[str]:
+    """Problems of one shard whose bytes are as written: its members against the index."""
+    problems = []
+    end = row + shard.rows
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # they would all stay in memory
+            key, _, suffix = member.name.partition(".")
+            data = tar.extractfile(member)
+            assert data is not None
+            if suffix == "cls":
+                if int(data.read()) != pool.label[row - 1]:
+                    problems.append(f"{member.name}: label differs from the index")
+            elif suffix == image.SUFFIX[pool.info.codec]:
+                place = (pool.shard[row], pool.offset[row], pool.length[row]) if row < end else None
+                if int(key) != row or place != (number, member.offset_data, member.size):
+                    return [*problems, f"{member.name}: not where the index says"]
+                try:
+                    shape = image.decode(data.read()).shape
+                except Exception as error:
+                    problems.append(f"{member.name}: does not decode ({error})")
+                else:
+                    if shape != (pool.image_size, pool.image_size, 3):
+                        problems.append(f"{member.name}: has shape {shape}")
+                row += 1
+    return problems if row == end else [*problems, f"{end - row} rows are missing"]

@@ -1,0 +1,180 @@
+"""Opening, subsets, verification and looking at pools."""
+
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ssl_diversity import files
+from ssl_diversity.data import recipes
+from ssl_diversity.data.pool import Pool, Rows, find, list_pools, overlap
+from ssl_diversity.data.prepare import prepare
+from ssl_diversity.data.sheet import contact_sheet, inspect
+from ssl_diversity.data.verify import verify
+from ssl_diversity.errors import UserError
+
+Tree = dict[str, bytes]
+
+
+@pytest.fixture
+def pool(tree: Tree, as_tar: Callable[..., Path]) -> Pool:
+    return prepare(recipes.resolve(str(as_tar(tree)), {"size": 6, "name": "flowers", "shard_bytes": 30_000}))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_rows_are_nested_and_wrap(small: int, large: int, replicate: int) -> None:
+    small, large = sorted((small, large))
+    start = int(replicate * 1.618033988749895 % 1.0 * 60)
+    a, b = Rows(start, small, 60), Rows(start, large, 60)
+    assert b.numbers()[:small].tolist() == a.numbers().tolist() == [(start + i) % 60 for i in range(small)]
+    assert np.concatenate([np.arange(60)[chunk] for chunk in b.chunks()]).tolist() == b.numbers().tolist()
+
+
+def test_rows_of_a_pool(pool: Pool) -> None:
+    assert pool.rows(10).start == 0
+    assert pool.rows(10, 1).start == int(0.618033988749895 * 60) == 37
+    assert len(pool.rows(30, 1)) == 30
+    for n in (0, 61):
+        with pytest.raises(UserError, match="has 60 images"):
+            pool.rows(n)
+    with pytest.raises(IndexError):
+        pool.rows(10)[[10]]
+
+
+def test_overlap_is_the_mean_share_of_common_rows(pool: Pool) -> None:
+    for n in (1, 7, 30, 45, 60):
+        for replicates in ([0, 1], [0, 1, 2, 3, 4], [2, 2]):
+            sets = [set(pool.rows(n, r).numbers().tolist()) for r in replicates]
+            pairs = [(a, b) for i, a in enumerate(sets) for b in sets[i + 1 :]]
+            assert overlap(pool, n, replicates) == pytest.approx(np.mean([len(a & b) / n for a, b in pairs]))
+    assert overlap(pool, 60, [0]) == 0.0
+
+
+def test_rows_digest_is_of_the_rows_not_of_the_place(pool: Pool, home: Path) -> None:
+    moved = shutil.copytree(pool.path, home / "elsewhere")
+    other = Pool.open(moved)
+    assert other.rows_digest(other.rows(20, 3)) == pool.rows_digest(pool.rows(20, 3))
+    digests = {pool.rows_digest(pool.rows(n, r)) for n in (10, 60) for r in (0, 1, 2)}
+    assert len(digests) == 6
+
+
+def test_open_names_what_is_wrong(pool: Pool) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        Pool.open("absent")
+    values = files.read_json(pool.path / "pool.json")
+    files.write_json(pool.path / "pool.json", {**values, "format": 99, "new": 1})
+    with pytest.raises(UserError, match="newer ssl-diversity"):
+        Pool.open(pool.path)
+    (pool.path / "pool.json").write_text("{")
+    with pytest.raises(UserError, match=r"pool.json: damaged"):
+        Pool.open(pool.path)
+    (pool.path / "pool.json").unlink()
+    with pytest.raises(UserError, match="half-written"):
+        Pool.open(pool.path.name)
+    with pytest.raises(UserError, match="half-written"):
+        find(pool.path.name)
+    assert list_pools() == []
+    assert (
+        verify(prepare(recipes.resolve(pool.info.spec["options"]["path"], {"size": 6, "name": "flowers"})))
+        == []
+    )
+
+
+def test_a_missing_or_short_file_is_named_when_it_is_needed(pool: Pool) -> None:
+    shard = pool.path / pool.info.shards[1].file
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-600])
+    with pytest.raises(UserError, match=r"000001.tar has \d+ bytes instead of"):
+        pool.check_shards()
+    shard.unlink()
+    for use in (pool.check_shards, lambda: pool.read_bytes(np.arange(60))):
+        with pytest.raises(UserError, match=r"missing shard .*000001.tar"):
+            use()
+    (pool.path / "index" / "label.npy").unlink()
+    with pytest.raises(UserError, match=r"missing index .*label.npy"):
+        Pool.open(pool.path).label  # noqa: B018
+
+
+def test_verify_names_every_file_that_differs(pool: Pool) -> None:
+    assert verify(pool) == []
+    listed = [path for path in sorted(pool.path.rglob("*")) if path.is_file() and path.name != "pool.json"]
+    assert len(listed) == len(pool.info.shards) + 6
+    for path in listed:
+        data = path.read_bytes()
+        for position in (0, len(data) // 2, len(data) - 1):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+            assert any(str(path) in problem for problem in verify(pool.path)), (path, position)
+        path.unlink()
+        assert any(str(path) in problem for problem in verify(pool.path.name))
+        path.write_bytes(data)
+    assert verify(pool) == []
+    seen: list[tuple[int, int]] = []
+    verify(pool, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (60, 60)
+
+
+def test_verify_sees_an_index_that_does_not_fit_its_shards(pool: Pool) -> None:
+    """Even where the checksums in pool.json were made to agree."""
+    from ssl_diversity.data.writer import file_digest
+
+    for name, value in (("offset", 512), ("label", 1), ("content", 1)):
+        path = pool.path / "index" / f"{name}.npy"
+        data = path.read_bytes()
+        column = np.load(path)
+        column[7] += value
+        np.save(path, column)
+        info = pool.info.model_copy(
+            update={"files": {**pool.info.files, f"index/{name}.npy": file_digest(path)}}
+        )
+        assert verify(Pool(pool.path, info)) != []
+        path.write_bytes(data)
+
+
+def test_find_by_folder_by_name_and_by_prefix(pool: Pool) -> None:
+    for name in (pool.path.name, "flowers", "flo"):
+        assert find(name).path == pool.path
+    other = prepare(recipes.resolve("digits", {"name": "flow-digits"}))
+    assert find("flowers").path == pool.path
+    assert find("flow-digits").path == other.path
+    assert [p.name for p in list_pools()] == ["flow-digits", "flowers"]
+    with pytest.raises(UserError, match="ambiguous"):
+        find("flow")
+    with pytest.raises(UserError, match="there are: flow-digits"):
+        find("roses")
+
+
+def test_shards_are_webdataset_shards(pool: Pool) -> None:
+    import webdataset
+
+    urls = [str(pool.path / shard.file) for shard in pool.info.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [int(sample["__key__"]) for sample in samples] == list(range(60))
+    assert [int(sample["cls"]) for sample in samples] == pool.label.tolist()
+    assert [sample["png"] for sample in samples] == pool.read_bytes(np.arange(60))
+    assert len(urls) > 2
+
+
+def test_a_pool_travels_to_other_processes(pool: Pool) -> None:
+    pool.read_bytes([0])
+    other = pickle.loads(pickle.dumps(pool))
+    assert len(pickle.dumps(pool)) < 20_000
+    np.testing.assert_array_equal(other.images([5, 3]), pool.images([5, 3]))
+
+
+def test_contact_sheet_and_counts(pool: Pool) -> None:
+    sheet = Image.open(io.BytesIO(contact_sheet(pool, 10)))
+    assert sheet.size == (4 * 8 + 2, 3 * 8 + 2)
+    np.testing.assert_array_equal(np.asarray(sheet)[2:8, 10:16], pool.images([1])[0])
+    seen = inspect(pool)
+    assert sum(seen["classes"].values()) == seen["size"] == 60
+    assert json.loads(json.dumps(seen)) == seen
+    assert set(seen["classes"]) == {"a", "b", "c"}

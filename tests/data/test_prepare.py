@@ -1,0 +1,400 @@
+"""prepare: the same pool whatever the form, the processes, the memory or the kills."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ssl_diversity import files
+from ssl_diversity.data import image, recipes, runs, selection, writer
+from ssl_diversity.data import prepare as preparing
+from ssl_diversity.data.config import PrepareSpec
+from ssl_diversity.data.pool import Pool, leaked
+from ssl_diversity.data.prepare import prepare, write_pool
+from ssl_diversity.data.verify import verify
+from ssl_diversity.errors import Interrupted, UserError
+from ssl_diversity.runtime import Runtime
+
+Tree = dict[str, bytes]
+
+
+def spec_of(path: Path, **options: Any) -> PrepareSpec:
+    return recipes.resolve(str(path), {"size": 6, **options})
+
+
+def slow_pool(tree: Tree, seed: int = 0) -> list[tuple[bytes, int]]:
+    """(content hash, label) in pool order by the definition: sort by keyed hash and name, drop the copies."""
+    rows = []
+    for name, data in tree.items():
+        if name.endswith(".png") and "broken" not in name:
+            content = image.content_hash(image.decode_source(data))
+            rows.append((image.keyed_hash(seed, content), name, content, "abc".index(name[8])))
+    kept: dict[bytes, tuple[bytes, int]] = {}
+    for key, _, content, label in sorted(rows):
+        kept.setdefault(key, (content, label))
+    return list(kept.values())
+
+
+def rows_of(pool: Pool) -> list[tuple[bytes, int]]:
+    return [(bytes(content), int(label)) for content, label in zip(pool.content, pool.label, strict=True)]
+
+
+def test_order_and_deduplication_are_as_defined(tree: Tree, as_tar: Callable[..., Path]) -> None:
+    pool = prepare(spec_of(as_tar(tree), seed=3))
+    assert rows_of(pool) == slow_pool(tree, seed=3)
+    assert (
+        pool.info.counts | {"read": 63, "undecodable": 1, "duplicate": 2, "conflict": 1, "kept": 60}
+        == pool.info.counts
+    )
+    dropped = [json.loads(line) for line in (pool.path / "dropped.jsonl").read_text().splitlines()]
+    assert [(d["cause"], d["name"], d.get("kept")) for d in dropped] == [
+        ("undecodable", "c/broken.png", None),
+        ("duplicate", "a/copy.png", "a/003.png"),
+        ("duplicate", "b/copy.png", "a/003.png"),
+    ]
+    assert (dropped[2]["label"], dropped[2]["kept_label"]) == (1, 0)
+    by_content = {
+        image.content_hash(image.decode_source(d)): d
+        for n, d in tree.items()
+        if n.endswith("png") and "broken" not in n
+    }
+    for row, pixels in enumerate(pool.images(np.arange(pool.size))):
+        original = image.decode_source(by_content[bytes(pool.content[row])])
+        np.testing.assert_array_equal(pixels, image.fit(original, 6, "bicubic"))
+    assert verify(pool) == []
+
+
+def test_same_pool_from_every_form_part_size_pass_count_and_process_count(
+    tree: Tree, as_tar: Callable[..., Path], as_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_PART_ITEMS", 5)  # 13 parts
+    backwards = dict(reversed(tree.items()))
+    forms = [
+        (as_tar(tree), 1, 128),
+        (as_tar(backwards, "backwards.tar"), 1, 3),  # 3 runs at a time: three passes
+        (as_tar(tree, "set.tar.gz", "w:gz"), 1, 2),
+        (as_folder(tree) / "flowers", 2, 128),
+    ]
+    pools = []
+    for path, processes, fan_in in forms:
+        monkeypatch.setattr(runs, "_FAN_IN", fan_in)
+        pools.append(prepare(spec_of(path, name=f"{path.stem}-{fan_in}"), processes=processes))
+    assert len({pool.path for pool in pools}) == len(forms)
+    assert (
+        len({(pool.digest, pool.info.source_digest, pool.rows_digest(pool.rows(60))) for pool in pools}) == 1
+    )
+    assert len({(pool.path / "dropped.jsonl").read_text() for pool in pools}) == 1
+    assert len({tuple(shard.blake2b for shard in pool.info.shards) for pool in pools}) == 1
+    assert not list(files.pools_dir().glob(".*.work")) + list(files.pools_dir().glob(".*.build"))
+
+
+def test_digests_change_with_what_decides_the_pixels_and_not_with_shards(
+    tree: Tree, as_tar: Callable[..., Path]
+) -> None:
+    path = as_tar(tree)
+    base = prepare(spec_of(path))
+    many = prepare(spec_of(path, name="many", shard_bytes=4000))
+    assert len(many.info.shards) > 5
+    assert many.digest == base.digest
+    for options in ({"size": 5}, {"filter": "box"}, {"codec": "jpeg"}, {"seed": 1}, {"max_images": 10}):
+        other = prepare(spec_of(path, **options))
+        assert other.path != base.path
+        assert other.rows_digest(other.rows(10)) != base.rows_digest(base.rows(10)) or "max_images" in options
+        assert other.digest != base.digest
+    assert prepare(spec_of(path, max_images=10)).rows_digest(base.rows(10)) == base.rows_digest(base.rows(10))
+
+
+def test_images_equal_after_resizing_are_dropped(as_tar: Callable[..., Path]) -> None:
+    import io
+
+    from PIL import Image
+
+    def flat(value: int, side: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side), (value, 0, 0)).save(buffer, "png")
+        return buffer.getvalue()
+
+    tree = {f"{value}-{side}.png": flat(value, side) for value in range(5) for side in (8, 9, 10)}
+    pool = prepare(spec_of(as_tar(tree)))
+    assert (pool.size, pool.info.counts["duplicate_after_resize"]) == (5, 10)
+    assert len({image.content_hash(pixels) for pixels in pool.images(np.arange(5))}) == 5
+    keyed = {
+        name: image.keyed_hash(0, image.content_hash(image.decode_source(data)))
+        for name, data in tree.items()
+    }
+    for line in map(json.loads, (pool.path / "dropped.jsonl").read_text().splitlines()):
+        assert line["name"][0] == line["kept"][0]
+        assert keyed[line["kept"]] < keyed[line["name"]]
+    every = prepare(spec_of(as_tar(tree), name="every", deduplicate=False))
+    assert every.size == 15
+
+
+def test_an_unsplit_set_is_split_by_content_within_classes(
+    tree: Tree, as_tar: Callable[..., Path], as_folder: Callable[..., Path]
+) -> None:
+    contents = []
+    for path in (as_tar(tree), as_folder(tree)):
+        for seed in (0, 1):
+            train, test = (prepare(s) for s in recipes.downstream(str(path), {"size": 6, "seed": seed}))
+            assert (train.size, test.size) == (50, 12) or (train.size, test.size) == (
+                48,
+                14,
+            )  # copies stay together
+            assert np.bincount(
+                test.label[np.unique(test.content, axis=0, return_index=True)[1]]
+            ).tolist() == [4, 4, 4]
+            assert leaked(test, train, train.rows(train.size)) == 0
+            assert train.info.counts["held_out"] == test.size
+            contents.append({bytes(row) for row in test.content})
+    assert all(content == contents[0] for content in contents)
+    whole = prepare(spec_of(path, name="whole"))
+    assert whole.size == 60
+    with pytest.raises(UserError, match="has no test split"):
+        prepare(spec_of(path, split="test"))
+
+
+def test_a_declared_split_is_taken_alone(tree: Tree, as_tar: Callable[..., Path]) -> None:
+    data = list(tree.values())
+    path = as_tar({f"s/{'train' if i < 40 else 'val'}/{'ab'[i % 2]}/{i}.png": data[i] for i in range(60)})
+    sizes = {
+        split: prepare(spec_of(path, name=split, split=split)).size for split in ("train", "test", "all")
+    }
+    assert sizes == {"train": 40, "test": 20, "all": 60}
+
+
+def test_digits_hold_out_a_fifth_of_each_class() -> None:
+    pool = prepare(recipes.resolve("digits"))
+    train, test = (prepare(spec) for spec in recipes.downstream("digits"))
+    assert pool.size + test.size == train.size + test.size == 1797
+    assert abs(np.bincount(test.label) / np.bincount(train.label) - 0.25).max() < 0.01
+    assert leaked(test, pool, pool.rows(pool.size)) == 0
+    assert pool.image_size == 16
+
+
+def test_exclude_drops_copies_of_test_images(tree: Tree, as_tar: Callable[..., Path]) -> None:
+    data = [d for n, d in tree.items() if "copy" not in n and n.endswith("png")]
+    test_set = as_tar(
+        {f"{split}/a/{i}.png": data[i] for i in range(8) for split in (["train"] if i < 4 else ["test"])},
+        "other.tar",
+    )
+    everything = as_tar({f"{i}.png": data[i] for i in range(20)})
+    pool = prepare(spec_of(everything, name="clean", exclude=[str(test_set)]))
+    dirty = prepare(spec_of(everything, name="dirty"))
+    test = prepare(recipes.downstream(str(test_set), {"size": 6})[1])
+    assert (pool.size, pool.info.counts["excluded"], dirty.size) == (16, 4, 20)
+    assert leaked(test, pool, pool.rows(pool.size)) == 0
+    assert leaked(test, dirty, dirty.rows(20)) == 4
+    for n in (1, 5, 13):
+        direct = sum(bytes(t) in {bytes(c) for c in dirty.content[:n]} for t in test.content)
+        assert leaked(test, dirty, dirty.rows(n)) == direct
+
+
+@pytest.mark.slow
+def test_known_duplicates_across_labels_and_splits(tree: Tree, as_tar: Callable[..., Path]) -> None:
+    """A pair with conflicting labels inside train, and one across train and val: in a replica everywhere, in
+    Tiny ImageNet (20,000 + 5,000) where its tar is."""
+    data = list(tree.values())
+    replica = {f"t/{'train' if i < 40 else 'val'}/{'ab'[i % 2]}/{i}.png": data[i] for i in range(60)}
+    replica["t/train/b/copy.png"] = replica["t/train/a/2.png"]
+    replica["t/val/b/copy.png"] = replica["t/train/a/4.png"]
+    cases = [(as_tar(replica), 40, 21)]
+    if folder := os.environ.get("SSL_DIVERSITY_TEST_DATA"):
+        cases.append((Path(folder) / "tiny-imagenet-20k.tar", 19_999, 5_000))
+    for path, kept, tests in cases:
+        pool = prepare(spec_of(path))
+        test = prepare(recipes.downstream(str(path), {"size": 6})[1])
+        assert (pool.size, pool.info.counts["duplicate"], pool.info.counts["conflict"]) == (kept, 1, 1)
+        assert test.size == tests
+        assert leaked(test, pool, pool.rows(pool.size)) == 1
+
+
+def test_finished_parts_outlive_an_interruption_and_a_pool_is_made_once(
+    tree: Tree, as_tar: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_PART_ITEMS", 10)  # 7 parts
+    path = as_tar(tree)
+    expected = prepare(spec_of(path, name="undisturbed"))
+    stops = iter([False, False, False, True])
+    with pytest.raises(Interrupted):
+        prepare(spec_of(path), runtime=Runtime(stop=lambda: next(stops)))
+    assert not spec_of(path).directory.exists()
+    decoded = []
+    monkeypatch.setattr(
+        image, "decode_source", lambda data, f=image.decode_source: decoded.append(1) or f(data)
+    )
+    seen: list[tuple[int, int]] = []
+    pool = prepare(spec_of(path), runtime=Runtime(progress=lambda done, total: seen.append((done, total))))
+    assert len(decoded) == 33  # 63 less the three parts that were finished
+    assert seen == [(n, 63) for n in (10, 20, 30, 40, 50, 60, 63)]
+    assert pool.digest == expected.digest
+    decoded.clear()
+    assert prepare(spec_of(path)).digest == expected.digest
+    path.unlink()  # a finished pool needs its source no more
+    assert prepare(spec_of(path)).digest == expected.digest
+    assert not decoded
+
+
+def test_a_changed_source_does_not_meet_old_parts(tree: Tree, as_tar: Callable[..., Path]) -> None:
+    path = as_tar(tree)
+    with pytest.raises(Interrupted):  # all parts are finished, the pool is not
+        stops = iter([False, True])
+        prepare(spec_of(path), runtime=Runtime(stop=lambda: next(stops)))
+    del tree["flowers/a/000.png"]
+    path = as_tar(tree)
+    assert rows_of(prepare(spec_of(path))) == slow_pool(tree)
+
+
+def test_two_at_once_make_one_pool(
+    tree: Tree, as_tar: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_tar(tree)
+    sorted_parts = []
+    original = preparing._sort_part
+    monkeypatch.setattr(
+        preparing, "_sort_part", lambda *a: sorted_parts.append(1) or time.sleep(0.3) or original(*a)
+    )
+    pools: list[Pool] = []
+    threads = [threading.Thread(target=lambda: pools.append(prepare(spec_of(path)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sorted_parts) == 1
+    assert len({pool.digest for pool in pools}) == 1
+    assert len(pools) == 3
+
+
+@pytest.mark.parametrize("where", ["run", "shard", "index", "pool.json"])
+def test_a_full_disk_leaves_nothing_half_written(
+    where: str, tree: Tree, as_tar: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_at_the_end(path: Path, value: Any, original: Any = files.write_json) -> None:
+        full() if path.name == "pool.json" else original(path, value)
+
+    target = {
+        "run": (preparing, "write_run", full),
+        "shard": (writer.ShardWriter, "_write", full),
+        "index": (writer, "_close_synced", full),
+        "pool.json": (files, "write_json", full_at_the_end),
+    }[where]
+    spec = spec_of(as_tar(tree))
+    with monkeypatch.context() as patched:
+        patched.setattr(*target)
+        with pytest.raises(UserError, match="disk full while writing"):
+            prepare(spec)
+    assert not spec.directory.exists()
+    assert not list(files.pools_dir().glob(".*.build"))
+    assert verify(prepare(spec)) == []
+
+
+def test_nothing_left_is_an_error(as_tar: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="not one image is left"):
+        prepare(spec_of(as_tar({"a/0.png": b"broken", "b/1.png": b""})))
+    with pytest.raises(UserError, match="has no labels"):
+        prepare(recipes.downstream("photo_patches")[0])
+
+
+def generated(n: int, copies: dict[int, int]) -> Iterator[tuple[np.ndarray, int, dict[str, Any]]]:
+    for i in range(n):
+        seed = copies.get(i, i)
+        yield np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8), -1, {"seed": i}
+
+
+FIELDS = {"name": "made", "source": "generated", "spec": {"n": 9}, "image_size": 6, "real_images": 5}
+
+
+def test_write_pool_keeps_the_order_and_yields_to_the_earlier_row() -> None:
+    path = files.pools_dir() / "made-0"
+    pool = write_pool(path, FIELDS, generated(9, {4: 2, 7: 0}), shard_bytes=2000)
+    assert verify(pool) == []
+    assert [pool.provenance(row)["seed"] for row in range(pool.size)] == [0, 1, 2, 3, 5, 6, 8]
+    assert (pool.size, pool.info.counts["duplicate"], pool.info.real_images) == (7, 2, 5)
+    first = next(generated(1, {}))[0]
+    np.testing.assert_array_equal(pool.images([0])[0], image.fit(first, 6, "bicubic"))
+    assert bytes(pool.content[0]) == image.content_hash(first)
+    again = write_pool(path, FIELDS, lambda: pytest.fail("a finished pool is not written again"))
+    assert again.digest == pool.digest
+    dropped = [json.loads(line) for line in (path / "dropped.jsonl").read_text().splitlines()]
+    assert [(d["name"], d["kept"]) for d in dropped] == [(4, 2), (7, 0)]
+
+
+def test_write_pool_that_fails_midway_leaves_nothing() -> None:
+    def failing() -> Iterator[tuple[np.ndarray, int, None]]:
+        yield np.zeros((6, 6, 3), np.uint8), -1, None
+        raise RuntimeError("the generator broke")
+
+    path = files.pools_dir() / "made-1"
+    with pytest.raises(RuntimeError):
+        write_pool(path, FIELDS, failing())
+    assert not path.exists()
+    with pytest.raises(UserError, match="unknown key"):
+        write_pool(path, {**FIELDS, "colour": 1}, generated(3, {}))
+
+
+KILLED = """
+import sys
+from ssl_diversity.data import prepare, recipes
+prepare._PART_ITEMS = 40
+if __name__ == "__main__":
+    prepare.prepare(recipes.resolve("digits"), processes=int(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> None:
+    """Killed again and again until it happens to finish: the pool of an undisturbed run, and no worker left."""
+    expected = prepare(recipes.resolve("digits", {"name": "undisturbed"}))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(files.REPOSITORY)}
+    random = np.random.default_rng(processes)
+    directory = recipes.resolve("digits").directory
+    kills = 0
+    while not directory.exists():
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(processes)], env=environment, start_new_session=True
+        )
+        try:
+            process.wait(1.0 + kills / 4 + random.random())
+        except subprocess.TimeoutExpired:
+            if kills % 2:
+                process.kill()  # the parent alone: its workers end by themselves
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills > 0
+    pool = prepare(recipes.resolve("digits"))
+    assert pool.digest == expected.digest
+    assert [s.blake2b for s in pool.info.shards] == [s.blake2b for s in expected.info.shards]
+    assert verify(pool) == []
+
+
+def test_selection_is_over_the_stream(tree: Tree) -> None:
+    """A million copies of one image need no more memory than one: copies are looked at one by one."""
+    record = runs.Record(b"k" * 16, b"name", selection.ENTRY.pack(b"c" * 16, b"r" * 16, -1) + b"image")
+    chosen = selection.Selection(PrepareSpec(source="digits", name="x"), set())
+
+    class Counting:
+        rows = 0
+
+        def add(self, *args: Any) -> None:
+            self.rows += 1
+
+    out = Counting()
+    chosen.write((record._replace(name=b"%06d" % i) for i in range(5000)), out, Runtime())  # type: ignore[arg-type]
+    assert (out.rows, chosen.counts["duplicate"]) == (1, 4999)
