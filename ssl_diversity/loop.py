@@ -90,7 +90,7 @@ def fit(
     _reset_peak_memory(runtime.device)
     trainer = _trainer(order.steps, out, runtime.device, precision, guard)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning|lightning_fabric")
+        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
         trainer.fit(
             module,
             train_dataloaders=_Batches(order, reader, start, batch_size),
@@ -172,7 +172,7 @@ class _Guard(pl.Callback):
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} after {step * self.batch_size} samples; "
-                "lower the learning rate (hyperparameters.<method>.lr) or use precision=32-true"
+                "lower its learning rate (`lr`) or use precision 32-true"
             )
         self.history.append([step * self.batch_size, loss])
 

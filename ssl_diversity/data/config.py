@@ -84,7 +84,7 @@ class PoolInfo(Config):
     source_digest: str  # of all (name, label, content) read, in any order
     shards: list[Shard]
     files: dict[str, str]  # blake2b of the index columns and of dropped.jsonl
-    real_images: int  # how many real images stand behind the pool (a generator's training images)
+    real_images: int | None  # behind the pool: kept, or what its generator was trained on; None: not known
     provenance: dict[str, Any] = Field({})
 
     @property

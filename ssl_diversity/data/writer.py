@@ -204,7 +204,7 @@ class PoolFields(Config):
     quality: int = 95
     seed: int = 0
     classes: list[str] = Field([])
-    real_images: int
+    real_images: int | None
     origin: str = ""
     terms: str = ""
     provenance: dict[str, Any] = Field({})
