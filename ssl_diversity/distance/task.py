@@ -1,0 +1,164 @@
+"""The distance task: a source's images against a downstream set's, at one common n."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.distance.cache import cached
+from ssl_diversity.distance.config import NUMERICS, DistanceSpec, extractor_digest
+from ssl_diversity.distance.diversity import effective_rank_of, vendi_of
+from ssl_diversity.distance.extractors import Extractor, load_extractor
+from ssl_diversity.distance.frechet import frechet
+from ssl_diversity.distance.statistics import Statistics, merge
+from ssl_diversity.distance.visual_dna import histograms, visual_dna
+from ssl_diversity.errors import Interrupted, UserError
+from ssl_diversity.files import digest
+from ssl_diversity.runtime import Runtime
+
+
+def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
+    """Fréchet distance and VisualDNA at n, their floors, and the diversity of the pool's n rows.
+
+    A floor is the same distance between two disjoint draws of the reference's own images (a pool is in
+    random order, so two stretches of it are draws), of `floor_n` images each: n where the reference has
+    2n, else half of what it has, as `floor_note` then says. `shared_images` of the pool's n rows have an
+    exact copy among the reference's, which can take a distance below its floor.
+    Raises UserError where n is more than a side has, or the files are not those that were planned.
+    """
+    runtime.set_threads()
+    pool, reference = Pool.open(spec.pool), Pool.open(spec.reference_pool)
+    _check(spec, pool, reference)
+    extractor = load_extractor(
+        spec.extractor,
+        image_size=reference.image_size,
+        resize=spec.resize,
+        seed=spec.seed,
+        device=runtime.device,
+    )
+    n, floor_n = spec.n, min(spec.n, reference.size // 2)
+    cuts = sorted({0, floor_n, n, 2 * floor_n})
+    report = _progress(runtime, total=n + cuts[-1])
+    rows = Rows(spec.rows_start, n, pool.size)
+    mine = statistics(pool, rows, extractor, bins=spec.bins, report=report)
+    parts = {
+        cut: statistics(reference, _stretch(reference, *cut), extractor, bins=spec.bins, report=report)
+        for cut in pairwise(cuts)
+    }
+
+    def reference_rows(start: int, stop: int) -> Statistics:
+        return merge(part for (a, b), part in parts.items() if start <= a and b <= stop)
+
+    theirs = reference_rows(0, n)
+    result: dict[str, Any] = {
+        "n": n,
+        "extractor": extractor.label(pool.image_size, reference.image_size),
+        "frechet": frechet(mine, theirs),
+        "visual_dna": visual_dna(mine.counts, theirs.counts),
+        "frechet_floor": None,
+        "visual_dna_floor": None,
+        "floor_n": floor_n,
+        "floor_note": None,
+        "vendi": vendi_of(mine.cosine),
+        "effective_rank": effective_rank_of(mine.outer),
+        "shared_images": _shared(pool, rows, reference, _stretch(reference, 0, n)),
+    }
+    if floor_n < n:
+        result["floor_note"] = f"the reference has {reference.size} images, fewer than 2n = {2 * n}"
+    if floor_n >= 2:
+        draws = reference_rows(0, floor_n), reference_rows(floor_n, 2 * floor_n)
+        result["frechet_floor"] = frechet(*draws)
+        result["visual_dna_floor"] = visual_dna(draws[0].counts, draws[1].counts)
+    return result
+
+
+def statistics(
+    pool: Pool, rows: Rows, extractor: Extractor, *, bins: int, report: Callable[[int], None] = lambda _: None
+) -> Statistics:
+    """Statistics of `rows` of `pool`: one pass in batches, cached by the rows' contents and the extractor.
+
+    `report(images)` is called after each batch, or once where nothing had to be computed; it may raise
+    Interrupted.
+    """
+    embedded = 0
+
+    def compute() -> dict[str, Any]:
+        nonlocal embedded
+        ranges = extractor.ranges()
+        parts = []
+        for start in range(0, rows.count, extractor.batch_size):
+            index = np.arange(start, min(start + extractor.batch_size, rows.count))
+            images = torch.from_numpy(pool.images(rows[index])).permute(0, 3, 1, 2)
+            features, layers = extractor(images)
+            if not features.isfinite().all():
+                raise UserError(
+                    f"extractor={extractor.name}: features are not finite; its weights are broken"
+                )
+            parts.append(Statistics.of(features.cpu().numpy(), histograms(layers, ranges, bins)))
+            embedded += len(index)
+            report(len(index))
+        return merge(parts).arrays()
+
+    key = digest(
+        {
+            "rows": pool.rows_digest(rows),
+            "image_size": pool.image_size,
+            "extractor": extractor.identity,
+            "bins": bins,
+            "numerics": NUMERICS,
+        }
+    )
+    found = Statistics(**cached("statistics", key, compute))
+    if not embedded:
+        report(rows.count)
+    return found
+
+
+def _stretch(pool: Pool, start: int, stop: int) -> Rows:
+    return Rows(start, stop - start, pool.size)
+
+
+def _check(spec: DistanceSpec, pool: Pool, reference: Pool) -> None:
+    for what, have in (
+        (f"rows of {pool.name}", spec.rows_count),
+        (f"images of {reference.name}", reference.size),
+    ):
+        if spec.n > have:
+            raise UserError(f"distance n={spec.n}: there are only {have} {what}; lower n to {have} or less")
+    planned = spec.rows_digest, spec.reference_digest, spec.extractor_digest
+    found = (
+        pool.rows_digest(Rows(spec.rows_start, spec.rows_count, pool.size)),
+        reference.digest,
+        extractor_digest(spec.extractor),
+    )
+    for name, a, b in zip((spec.pool, spec.reference_pool, spec.extractor), planned, found, strict=True):
+        if a != b:
+            raise UserError(
+                f"{name}: changed since this distance was planned ({a or 'none'} to {b}); plan again"
+            )
+
+
+def _progress(runtime: Runtime, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def report(images: int) -> None:
+        nonlocal done
+        done += images
+        runtime.progress(done, total)
+        if runtime.stop():
+            raise Interrupted(f"distance stopped after {done} of {total} images")
+
+    return report
+
+
+def _shared(pool: Pool, rows: Rows, reference: Pool, reference_rows: Rows) -> int:
+    """How many of `rows` have the content of one of `reference_rows`."""
+    mine, theirs = (
+        np.ascontiguousarray(p.content[r.numbers()]).view("V16").ravel()
+        for p, r in ((pool, rows), (reference, reference_rows))
+    )
+    return int(np.isin(mine, theirs).sum())
