@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -45,16 +45,6 @@ class Reader(Protocol):
     def read(self, indices: np.ndarray) -> np.ndarray: ...
 
 
-class TrainingModule(pl.LightningModule):
-    """What `fit` trains: takes {"images": uint8 (B, 3, H, W), "positions": int64 (B,)}.
-
-    Everything needed to go on is in `state_dict()` and the optimiser's state; `last_loss` is the
-    detached loss of the latest step, read only now and then.
-    """
-
-    last_loss: Tensor
-
-
 @dataclass(frozen=True)
 class FitResult:
     """What a finished run cost. `history` holds [samples seen, loss] pairs; seconds are training alone."""
@@ -66,7 +56,7 @@ class FitResult:
 
 
 def fit(
-    module: TrainingModule,
+    module: pl.LightningModule,
     *,
     order: Order,
     reader: Reader,
@@ -77,6 +67,9 @@ def fit(
     checkpoint_samples: int,
 ) -> FitResult:
     """Train `module` on exactly `order.steps` batches, going on from `out/last.ckpt` where there is one.
+
+    `module.training_step` takes {"images": uint8 (B, 3, H, W), "positions": int64 (B,)} and leaves the detached
+    loss in `module.last_loss`; what it needs to go on is all in its `state_dict()` and its optimiser's state.
 
     Saves `out/last.ckpt` every `checkpoint_samples` samples and when `runtime.stop()` turns true, then
     raises Interrupted. The caller removes the checkpoint once it has published the result.
@@ -149,7 +142,7 @@ class _Guard(pl.Callback):
     ) -> None:
         step = trainer.global_step
         if step % self.history_every == 0 or step == self.steps:
-            self._record(step, float(pl_module.last_loss))
+            self._record(step, float(cast(Tensor, pl_module.last_loss)))
         stopping = self.runtime.stop()
         if stopping or (step % self.every == 0 and step < self.steps):
             self._save(trainer)

@@ -85,8 +85,8 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "pooling": pooling,
         "state_dict": {name: value.cpu() for name, value in state.items()},
     }
-    with replacing(out / "weights.pt") as temporary:
-        torch.save(weights, temporary)
+    with replacing(out / "weights.pt") as temporary, temporary.open("wb") as file:
+        torch.save(weights, file)  # to a handle: a path would put its random name into the bytes
     shown = pool.images(rows[range(min(spec.unique_samples, EFFECTIVE_RANK_IMAGES))])
     features = embed_images(shown, load_weights(out / "weights.pt"), device=runtime.device)
     per_sample = flops_per_sample(spec.method, spec.backbone, spec.image_size, spec.recipe)

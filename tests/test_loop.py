@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytorch_lightning as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Reader:
         return self.images[indices]
 
 
-class Module(loop.TrainingModule):
+class Module(pl.LightningModule):
     """Momentum, batch norm, noise and a schedule: everything that a careless resume forgets."""
 
     def __init__(self, diverge: bool = False) -> None:

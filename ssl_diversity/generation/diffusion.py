@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
@@ -10,13 +11,12 @@ from torch import Tensor
 
 from ssl_diversity import randomness
 from ssl_diversity.generation.config import Generator
-from ssl_diversity.loop import TrainingModule
 from ssl_diversity.methods.schedules import warmup_cosine
 
 _TIMESTEPS, _NOISE = 0, 1  # streams of the generator's seed
 
 
-class Diffusion(TrainingModule):
+class Diffusion(pl.LightningModule):
     """A DDPM (Ho, Jain and Abbeel, arXiv 2006.11239): mean squared error of the predicted noise.
 
     A batch is {"images": uint8 (B, 3, H, W), "positions": int64 (B,)}. Timestep and noise of a sample are

@@ -1,0 +1,1 @@
+"""The results table in, numbers and sentences out."""
