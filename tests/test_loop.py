@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import pytorch_lightning as pl
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 

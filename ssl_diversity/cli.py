@@ -1,0 +1,325 @@
+"""The command `ssl-diversity`: reads what is asked, calls the room that does it, prints what it says."""
+
+import contextlib
+import errno
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+
+from ssl_diversity import cli_data, files
+from ssl_diversity.cli_data import mapping, out, progress_bar
+from ssl_diversity.config import parse_overrides
+from ssl_diversity.errors import UserError
+from ssl_diversity.runtime import Runtime
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="How diverse must pretraining data be? Controlled self-supervised experiments under a fixed budget.\n\n"
+    "Start with `ssl-diversity sweep quickstart`: seven methods, three sources, a report, no download.",
+)
+app.add_typer(cli_data.data, name="data")
+app.add_typer(cli_data.store, name="store")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the config, e.g. budget=16384."),
+]
+ProfileName = Annotated[
+    str, typer.Option("--profile", help="Where to run: a file of launch/, or a YAML path.")
+]
+SweepName = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A file of configs/sweeps/, a YAML path, or a run.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for a user's mistake, with one line that says what."""
+    try:
+        app(args=arguments, prog_name="ssl-diversity")
+    except SystemExit as stop:
+        if stop.code == 130:
+            print("stopped", file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except UserError as error:
+        return _refuse(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _refuse(files.disk_full(Path(error.filename or files.home() / "store")))
+    return 0
+
+
+def _refuse(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+# Sweeps
+
+
+@app.command()
+def plan(
+    sweep: SweepName = "quickstart",
+    overrides: Overrides = None,
+    profile: ProfileName = "local",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Accepted for clarity: plan never runs anything.")
+    ] = True,
+) -> None:
+    """Show the cells of a sweep: samples, FLOPs, estimated time, and what is done already.
+
+    ssl-diversity plan quickstart budget=8192 methods=[simclr,mae]
+    """
+    from ssl_diversity.sweep import config, flops, launch, store, table
+    from ssl_diversity.sweep.plan import expand
+    from ssl_diversity.sweep.profile import load_profile
+
+    where = load_profile(profile)
+    asked = config.load(*_named(sweep, overrides))
+    store.open_store()
+    expand(asked)  # whatever is wrong shows before anything is counted
+    flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr))
+    out.print(table.render(expand(asked), where, launch.device_of(where)))
+
+
+@app.command()
+def sweep(
+    sweep: SweepName = "quickstart",
+    overrides: Overrides = None,
+    profile: ProfileName = "local",
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the workers are submitted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
+) -> None:
+    """Run a sweep, or go on with it: what is done is not done again. Ends with a report in runs/SWEEP/.
+
+    ssl-diversity sweep quickstart budget=16384 seeds=5
+
+    ssl-diversity sweep cifar10 sources.cifar10.path=~/cifar10.tar methods=[simclr,mae] unique_samples=[1000,10000]
+    """
+    from ssl_diversity.sweep import config, flops, launch, store
+    from ssl_diversity.sweep.profile import load_profile
+
+    if dry_run:
+        return plan(sweep, overrides, profile)
+    where = load_profile(profile)
+    asked = config.load(*_named(sweep, overrides))
+    store.open_store()
+    if any("flop" in str(value).lower() for value in asked.budget):
+        flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr))
+    raise typer.Exit(launch.run(asked, where, detach=detach, console=out))
+
+
+@app.command()
+def status(
+    sweep: SweepName = "quickstart",
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until the sweep is over.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    profile: ProfileName = "local",
+) -> None:
+    """How far a sweep is: tasks done, running and failed, samples per second, time left.
+
+    ssl-diversity status quickstart --watch
+    """
+    from ssl_diversity.sweep import config, launch
+    from ssl_diversity.sweep import status as reader
+    from ssl_diversity.sweep.plan import expand
+    from ssl_diversity.sweep.profile import load_profile
+
+    where = load_profile(profile)
+    threads, device = where.layout()[1], launch.device_of(where)
+    asked = config.recorded(sweep) or config.load(sweep)
+    current = expand(asked)
+    now = reader.snapshot(current)
+    if as_json:
+        print(json.dumps(reader.as_record(now)))
+        return
+    if watch:
+        meter = reader.Meter()
+        with Live(console=out, auto_refresh=False, transient=True) as live:
+            while not (now.over and not now.running):
+                remaining = reader.seconds_left(current, now, len(now.running), device, threads)
+                live.update(reader.render(asked.name, now, meter.rate(now.samples), remaining), refresh=True)
+                time.sleep(1.0)
+                current = expand(asked)
+                now = reader.snapshot(current)
+    out.print(f"{asked.name}: {now.words}")
+    for running in now.running:
+        out.print(
+            f"running: {running.label}" + (f" {running.done / running.total:.0%}" if running.total else "")
+        )
+    out.print(reader.details(now))
+
+
+@app.command()
+def probe(
+    sweep: Annotated[str, typer.Option("--sweep", help="A sweep that was run before.")],
+    downstream: Annotated[str, typer.Option("--downstream", help="A labelled folder or tar, or a recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options of the set, e.g. name=flowers."),
+    ] = None,
+    profile: ProfileName = "local",
+) -> None:
+    """Add a downstream set to every checkpoint of a sweep and to its report; trains nothing.
+
+    ssl-diversity probe --sweep quickstart --downstream ~/flowers.tar name=flowers
+    """
+    from ssl_diversity.sweep import config, launch
+    from ssl_diversity.sweep.profile import load_profile
+
+    where = load_profile(profile)
+    record = config.recorded(sweep)
+    if record is None:
+        raise UserError(f"sweep {sweep!r} was never run here; run `ssl-diversity sweep {sweep}` first")
+    asked = config.add_downstream(record, downstream, parse_overrides(overrides or []))
+    raise typer.Exit(launch.run(asked, where, skip=launch.TRAINING, console=out))
+
+
+@app.command()
+def report(sweep: SweepName = "quickstart") -> None:
+    """Write the report of a sweep from the results there are: table, figures and page in runs/SWEEP/.
+
+    ssl-diversity report quickstart
+    """
+    from ssl_diversity.report import write_report
+    from ssl_diversity.sweep import config, store
+
+    store.open_store()
+    out.print(f"{write_report(config.recorded(sweep) or config.load(sweep))}")
+
+
+def _named(sweep: str, overrides: list[str] | None) -> tuple[str, list[str]]:
+    """`plan budget=8192` means the quickstart, too."""
+    first = [sweep] if "=" in sweep else []
+    return "quickstart" if first else sweep, first + (overrides or [])
+
+
+# Single pieces of work
+
+
+@app.command()
+def pretrain(
+    overrides: Overrides = None,
+    sweep: Annotated[str, typer.Option("--sweep", help="Where all other values come from.")] = "quickstart",
+    profile: ProfileName = "local",
+) -> None:
+    """Pretrain one cell, named by method, source, unique_samples, budget and seed, and show its measures.
+
+    ssl-diversity pretrain method=simclr source=digits unique_samples=1024 budget=16384 seed=0
+    """
+    from ssl_diversity.sweep import config, launch
+    from ssl_diversity.sweep import store as results
+    from ssl_diversity.sweep.plan import expand
+    from ssl_diversity.sweep.profile import load_profile
+
+    where = load_profile(profile)
+    asked = config.load(sweep, config.one_cell(overrides or ()), remembered=False)
+    cells = expand(asked).cells
+    if len(cells) != 1:
+        axes = f"methods={list(asked.methods)} sources={list(asked.sources)} unique_samples={list(asked.unique_samples)}"
+        raise UserError(
+            f"these are {len(cells)} cells ({axes}); name one: method=... source=... unique_samples=..."
+        )
+    code = launch.run(asked, where, skip=launch.EVALUATION, console=out, with_report=False)
+    task = expand(asked).cells[0].task
+    if code == 0 and task is not None:
+        measures = results.result(task) or {}
+        out.print(f"weights: {task.folder / 'weights.pt'}")
+        out.print(mapping({k: v for k, v in measures.items() if not isinstance(v, list | dict)}))
+    raise typer.Exit(code)
+
+
+@app.command()
+def generate(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe of datasets/ with `source: generated`, or its path.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. n=4096 seed=1."),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Pixels of the pool's images.")] = 16,
+    profile: ProfileName = "local",
+) -> None:
+    """Train a generator, if the recipe names one to train, and sample a pool from it.
+
+    ssl-diversity generate generated-digits n=4096 --size 32
+    """
+    from ssl_diversity.sweep import config, launch
+    from ssl_diversity.sweep.plan import expand
+    from ssl_diversity.sweep.profile import load_profile
+
+    where = load_profile(profile)
+    asked = config.one_source(recipe, parse_overrides(overrides or []), size)
+    code = launch.run(asked, where, skip=launch.EVALUATION | {"pretrain"}, console=out, with_report=False)
+    pool = expand(asked).sources[0].pool
+    if pool is not None:
+        out.print(f"pool: {pool.path} ({pool.size:,} images)")
+    raise typer.Exit(code)
+
+
+@app.command()
+def distance(
+    *,
+    first: Annotated[
+        str, typer.Argument(metavar="SET", help="A pool, a recipe, or the path of a folder or tar.")
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="The same; the set that is compared with.")
+    ],
+    n: Annotated[int, typer.Option(help="Images of each, or what both have.")] = 1024,
+    extractor: Annotated[
+        str, typer.Option(help="random-resnet, timm:NAME or a weights file.")
+    ] = "random-resnet",
+    size: Annotated[int | None, typer.Option(help="Pixels, for sets that are not prepared yet.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """How far one set of images is from another: Fréchet distance and VisualDNA.
+
+    ssl-diversity distance photo_patches digits --n 512
+    """
+    from ssl_diversity.distance.config import DistanceSpec, extractor_digest
+    from ssl_diversity.sweep.work import device as device_of
+
+    a, b = (_pool(text, size) for text in (first, second))
+    n = min(n, a.size, b.size)
+    rows = a.rows(n)
+    spec = DistanceSpec(
+        pool=str(a.path),
+        rows_start=rows.start,
+        rows_count=n,
+        rows_digest=a.rows_digest(rows),
+        reference_pool=str(b.path),
+        reference_digest=b.digest,
+        n=n,
+        extractor=extractor,
+        extractor_digest=extractor_digest(extractor),
+    )
+    function = importlib.import_module("ssl_diversity.distance.task").distance
+    with tempfile.TemporaryDirectory() as folder, progress_bar(f"{a.name} to {b.name}") as tell:
+        found = function(spec, Path(folder), Runtime(device=device_of(device), progress=tell))
+    out.print(mapping(found))
+
+
+def _pool(text: str, size: int | None) -> Any:
+    from ssl_diversity.data import recipes
+    from ssl_diversity.data.pool import find
+    from ssl_diversity.data.prepare import prepare
+
+    with contextlib.suppress(UserError):
+        pool = find(text)
+        if text in (pool.name, pool.path.name):
+            return pool
+    spec = recipes.resolve(text, {}, defaults={"size": size})
+    with progress_bar(f"prepare {spec.name}") as tell:
+        return prepare(spec, runtime=Runtime(progress=tell))

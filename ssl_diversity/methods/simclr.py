@@ -1,0 +1,26 @@
+"""SimCLR: views of one image attract, all others in the batch repel."""
+
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from torch import Tensor
+
+from ssl_diversity.methods.base import Method
+
+
+class SimCLR(Method):
+    """Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709."""
+
+    def build(
+        self, *, hidden_dim: int, output_dim: int, layers: int, head_norm: bool, temperature: float
+    ) -> None:
+        self.projector = SimCLRProjectionHead(self.dim, hidden_dim, output_dim, layers, head_norm)
+        self.loss = NTXentLoss(temperature)
+
+    def forward(self, views: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
+        return self.projector(self.embed(self.backbone, views, positions)).chunk(2)
+
+    def criterion(self, *outputs: Tensor) -> Tensor:
+        return self.loss(*outputs)
+
+
+METHOD = SimCLR

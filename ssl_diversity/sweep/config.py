@@ -1,0 +1,246 @@
+"""What a sweep is: the file a user writes, and the record that `runs/<sweep>/sweep.yaml` keeps of it."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import BeforeValidator, Field, model_validator
+
+from ssl_diversity import budget, config
+from ssl_diversity.backbones import BACKBONES
+from ssl_diversity.config import Config
+from ssl_diversity.errors import UserError
+from ssl_diversity.files import REPOSITORY, runs_dir, write_atomic
+from ssl_diversity.methods.recipe import METHODS, check_backbone
+
+SETS = ("sources", "downstream")
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _seeds(value: Any) -> Any:
+    """`5` seeds are 0 to 4."""
+    return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _defaulted(value: Any) -> Any:
+    return {"default": value} if isinstance(value, str) else value
+
+
+Number = int | float | str
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Encoding(Config):
+    """How every pool of the sweep is stored."""
+
+    filter: str = "bicubic"
+    codec: Literal["png", "jpeg"] = "png"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+
+
+class DistanceConfig(Config):
+    """How far sources are from downstream sets: `n` images of each, fewer where a set has fewer."""
+
+    extractor: str = "random-resnet"
+    n: Annotated[int, Field(ge=2)] = 1024
+
+
+class SweepConfig(Config):
+    """A grid: methods x sources x unique_samples x budget x seeds, and what is measured of every cell."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    image_size: Annotated[int, Field(ge=4)]
+    sources: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    downstream: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    methods: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+    backbone: Annotated[dict[str, str], BeforeValidator(_defaulted)]
+    recipe: str = "auto"
+    hyperparameters: dict[str, dict[str, Any]] = Field({})
+    unique_samples: Annotated[tuple[Number, ...], BeforeValidator(_listed), Field(min_length=1)]
+    budget: Annotated[tuple[Number, ...], BeforeValidator(_listed), Field(min_length=1)]
+    batch_size: Positive
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds), Field(min_length=1)]
+    replicates: Literal["per-seed", "shared"] = "per-seed"
+    encoding: Encoding = Encoding()
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    order: Literal["global"] = "global"
+    probes: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+    baselines: tuple[Literal["random", "pixels"], ...] = ("random", "pixels")
+    distance: DistanceConfig = DistanceConfig()
+    checkpoint_samples: Positive = 1_000_000
+    allow_mixed_encoding: bool = False
+    evaluation_seed: int = 0
+
+    @model_validator(mode="after")
+    def _known(self) -> "SweepConfig":
+        for method in [*self.methods, *self.hyperparameters, *set(self.backbone) - {"default"}]:
+            if method not in METHODS:
+                raise UserError(f"unknown method {method!r}; {_hint(method, METHODS)}")
+        for method in self.methods:
+            backbone = self.backbone_of(method)
+            if backbone not in BACKBONES:
+                raise UserError(f"backbone: unknown backbone {backbone!r}; {_hint(backbone, BACKBONES)}")
+            check_backbone(method, backbone)
+        for value in self.budget:
+            budget.parse_budget(value)
+        for field in ("methods", "seeds", "budget", "unique_samples"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise UserError(f"{field}={list(values)}: the same value twice; leave one out")
+        return self
+
+    def backbone_of(self, method: str) -> str:
+        try:
+            return self.backbone.get(method) or self.backbone["default"]
+        except KeyError:
+            raise UserError(
+                f"backbone: none given for {method}; add `{method}: NAME` or `default: NAME`"
+            ) from None
+
+    @property
+    def folder(self) -> Path:
+        return runs_dir() / self.name
+
+
+def _hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -> SweepConfig:
+    """The sweep `text` (a name in configs/sweeps/, a YAML path, or a sweep run before) with `key=value` overrides.
+
+    Downstream sets that were added to an earlier run of the sweep are kept where `remembered`.
+    Raises UserError for anything that is not a sweep.
+    """
+    path = _find(text)
+    values = _combine(_normal(config.read_yaml(path)), config.parse_overrides(overrides))
+    where = " ".join([text, *overrides])
+    try:
+        sweep = config.validate(SweepConfig, values, where)
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+    record = recorded(sweep.name)
+    if remembered and record is not None:
+        sweep = sweep.model_copy(update={"downstream": {**record.downstream, **sweep.downstream}})
+    return sweep
+
+
+def recorded(name: str) -> SweepConfig | None:
+    """What `runs/<name>/sweep.yaml` remembers: the latest config with every budget and downstream set asked for."""
+    path = runs_dir() / name / "sweep.yaml"
+    return config.validate(SweepConfig, config.read_yaml(path), str(path)) if path.exists() else None
+
+
+def remember(sweep: SweepConfig) -> SweepConfig:
+    """Add this run to the record of its sweep; returns the record, which the report shows."""
+    old = recorded(sweep.name)
+    if old is not None:
+        budgets = (*old.budget, *(b for b in sweep.budget if b not in old.budget))
+        downstream = {**old.downstream, **sweep.downstream}
+        sweep = sweep.model_copy(update={"budget": budgets, "downstream": downstream})
+    text = OmegaConf.to_yaml(OmegaConf.create(sweep.model_dump(mode="json")))
+    write_atomic(sweep.folder / "sweep.yaml", text)
+    return sweep
+
+
+def add_downstream(sweep: SweepConfig, text: str, options: Mapping[str, Any]) -> SweepConfig:
+    """`sweep` with one more downstream set, named by `options["name"]` or its path."""
+    name, entry = next(iter(_normal_sets([text]).items()))
+    name = str(options.get("name", name))
+    entry = {**entry, **{key: value for key, value in options.items() if key != "name"}}
+    if sweep.downstream.get(name, entry) != entry:
+        raise UserError(
+            f"downstream set {name!r} is already {sweep.downstream[name]} in sweep {sweep.name!r}; "
+            "give the new one another name (name=...)"
+        )
+    return sweep.model_copy(update={"downstream": {**sweep.downstream, name: entry}})
+
+
+def one_cell(overrides: Sequence[str]) -> list[str]:
+    """Overrides that name one cell (`method=simclr source=digits seed=3`), as those of a sweep of one."""
+    plural = {"method": "methods", "source": "sources", "seed": "seeds"}
+    pairs = [item.partition("=") for item in overrides]
+    named = [
+        f"{plural[key]}=[{value}]" if key in plural else key + sign + value for key, sign, value in pairs
+    ]
+    return ["name=pretrain", "seeds=[0]", *named]
+
+
+def one_source(recipe: str, options: Mapping[str, Any], image_size: int) -> SweepConfig:
+    """The smallest sweep that makes the source `recipe`."""
+    base = load("quickstart", ["name=generate", "methods=[simclr]"], remembered=False)
+    (name, entry), *_ = _normal_sets([recipe]).items()
+    point = {"unique_samples": (1,), "budget": (1,), "batch_size": 1}
+    return base.model_copy(
+        update={"image_size": image_size, "sources": {name: {**entry, **options}}, **point}
+    )
+
+
+def _find(text: str) -> Path:
+    folder = REPOSITORY / "configs" / "sweeps"
+    candidates = [folder / f"{text}.yaml", runs_dir() / text / "sweep.yaml"]
+    if text.endswith((".yaml", ".yml")):
+        candidates = [Path(text).expanduser()]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(
+        {path.stem for path in folder.glob("*.yaml")}
+        | {path.parent.name for path in runs_dir().glob("*/sweep.yaml")}
+    )
+    raise UserError(f"no such sweep: {text!r}; {_hint(text, known)}")
+
+
+def _normal(values: dict[str, Any]) -> dict[str, Any]:
+    """A sweep file with its sets as mappings from names to recipes and options."""
+    sets = {key: _normal_sets(values[key]) for key in SETS if values.get(key) is not None}
+    backbone = {"backbone": _defaulted(values["backbone"])} if "backbone" in values else {}
+    return {**values, **sets, **backbone}
+
+
+def _normal_sets(value: Any) -> dict[str, dict[str, Any]]:
+    """`[digits, ~/pets.tar]` or `{pets: {recipe: folder, path: ~/pets.tar}}`, as the latter."""
+    if isinstance(value, Mapping):
+        entries = {str(name): entry for name, entry in value.items()}
+    else:
+        names = [str(item) for item in _listed(value)]
+        entries = {set_name(text): {"recipe": text} for text in names}
+        if len(entries) < len(names):
+            raise UserError(f"{names}: two sets of the same name; write them as `name: {{recipe: ...}}`")
+    out = {}
+    for name, entry in entries.items():
+        options = {"recipe": entry} if isinstance(entry, str) else dict(entry or {})
+        options = {"recipe": name, **options}
+        for key, text in options.items():  # a record must mean the same from any folder
+            if key == "path" or (key == "recipe" and "/" in str(text)):
+                options[key] = str(Path(str(text)).expanduser().resolve())
+        out[name] = options
+    return out
+
+
+def set_name(text: str) -> str:
+    """The name of a set given as a recipe or a path: `~/My Pets.tar` is `my-pets`."""
+    stem = re.sub(r"\.(tar|ya?ml)$", "", text.rstrip("/").rpartition("/")[2])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") if "/" in text else stem
+
+
+def _combine(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides on a normal sweep file. `sources=[a,b]` chooses among its sources, keeping their options."""
+    chosen: dict[str, Any] = {}
+    for key in SETS:
+        value = overrides.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            known = base.get(key, {})
+            chosen[key] = {name: known.get(name, entry) for name, entry in _normal_sets(value).items()}
+    if isinstance(overrides.get("backbone"), str):
+        chosen["backbone"] = {"default": overrides["backbone"]}
+    rest = {key: value for key, value in overrides.items() if key not in chosen}
+    merged = {**config.merge(base, rest), **chosen}
+    return _normal(merged)

@@ -1,0 +1,224 @@
+"""How far a sweep is: read from the files that workers leave, shown as text for people."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ssl_diversity import files
+from ssl_diversity.sweep import estimate, store
+from ssl_diversity.sweep.claims import Process
+from ssl_diversity.sweep.plan import Plan
+from ssl_diversity.sweep.store import Done
+from ssl_diversity.sweep.task import Task
+from ssl_diversity.sweep.work import Left, left
+from ssl_diversity.train import CellSpec
+
+
+@dataclass(frozen=True)
+class Running:
+    """What one worker is doing, as it last said."""
+
+    label: str
+    kind: str
+    key: str
+    done: int
+    total: int
+    started: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sweep at one moment. `samples` counts those of finished and running cells, of `samples_asked`."""
+
+    total: int
+    done: int
+    running: tuple[Running, ...]
+    left: Left
+    waiting: tuple[str, ...]
+    samples: int
+    samples_asked: int
+    done_by_kind: Mapping[str, tuple[int, int]]  # kind -> (done, planned)
+
+    @property
+    def over(self) -> bool:
+        return self.left.over
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.total and not self.waiting
+
+    @property
+    def words(self) -> str:
+        """`31 of 67 tasks done, 2 running, 1 failed, 3 behind it`."""
+        parts = [f"{self.done} of {self.total}{' or more' if self.waiting else ''} tasks done"]
+        parts += [f"{len(self.running)} running"] if self.running else []
+        parts += [f"{len(self.left.failed)} failed"] if self.left.failed else []
+        parts += [f"{len(self.left.blocked)} not possible without them"] if self.left.blocked else []
+        return ", ".join(parts)
+
+
+def snapshot(plan: Plan, *, since: float = 0.0, max_attempts: int = 1) -> Snapshot:
+    """Look at the store. With the default `since`, every task that failed and was not done later counts as failed."""
+    done = Done()
+    rest = left(plan, done, since=since, max_attempts=max_attempts)
+    running = _running({task.id for task in (*rest.ready, *rest.later)})
+    now = {(r.kind, r.key): r for r in running}
+    planned, finished = Counter(task.kind for task in plan.tasks), Counter[str]()
+    samples = asked = 0
+    for task in plan.tasks:
+        is_done = task in done
+        finished[task.kind] += is_done
+        if isinstance(task.spec, CellSpec):
+            asked += task.spec.budget
+            samples += task.spec.budget if is_done else now[task.id].done if task.id in now else 0
+    return Snapshot(
+        total=len(plan.tasks),
+        done=finished.total(),
+        running=running,
+        left=rest,
+        waiting=plan.waiting,
+        samples=samples,
+        samples_asked=asked,
+        done_by_kind={kind: (finished[kind], planned[kind]) for kind in planned},
+    )
+
+
+def _running(ids: set[tuple[str, str]]) -> tuple[Running, ...]:
+    """Live workers on these tasks; records that dead ones left behind are removed."""
+    found = []
+    for path in sorted((store.store_dir() / "workers").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = files.read_json(path)
+            silent = time.time() - path.stat().st_mtime
+            alive = Process(**record.pop("process")).alive()
+            if alive is False or (alive is None and silent > 20 * record.pop("heartbeat_s")):
+                path.unlink(missing_ok=True)
+            elif (record["kind"], record["key"]) in ids:
+                found.append(Running(**{name: record[name] for name in Running.__annotations__}))
+    return tuple(found)
+
+
+def seconds_left(plan: Plan, now: Snapshot, workers: int, device: str, threads: int) -> float | None:
+    """Estimated seconds until the end; None before any cell has been measured on such workers.
+
+    A running task by its progress, others by what their like took, a cell whose like was never measured by
+    the mean of those that were; cells that wait for their pool are counted in.
+    """
+    known = estimate.rates()
+    started = {(r.kind, r.key): r for r in now.running}
+    typical = estimate.typical(known, device, threads)
+    total = 0.0
+    for task in (*now.left.ready, *now.left.later):
+        running = started.get(task.id)
+        if running is not None and running.done:
+            total += (time.time() - running.started) * (running.total / running.done - 1)
+            continue
+        seconds = estimate.seconds(task, known, device, threads)
+        if seconds is None and isinstance(task.spec, CellSpec):
+            if typical is None:
+                return None
+            seconds = typical * task.spec.budget
+        total += seconds or 0.0
+    for cell in plan.cells:
+        if cell.waiting and cell.budget is not None:
+            seconds = estimate.cell_seconds(cell, plan.sweep, known, device, threads)
+            if seconds is None and typical is None:
+                return None
+            total += typical * cell.budget if seconds is None else seconds  # type: ignore[operator]
+    return total / max(1, workers)
+
+
+def duration(seconds: float | None) -> str:
+    """`42 s`, `3 min 20 s`, `5 h 10 min`, `12 days 4 h`; `unknown` for None."""
+    if seconds is None:
+        return "unknown"
+    for unit, name, small, small_name in (
+        (86400, "days", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= unit:
+            whole, rest = divmod(int(seconds), unit)
+            return f"{whole} {name.rstrip('s') if whole == 1 else name} {rest // small} {small_name}"
+    return f"{seconds:.0f} s"
+
+
+def render(name: str, now: Snapshot, rate: float | None, remaining: float | None) -> RenderableType:
+    """The live display."""
+    bar = ProgressBar(total=max(1, now.total), completed=now.done, width=40)
+    rate_text = f"{rate:,.0f} samples/s" if rate else ""
+    left_text = f"about {duration(remaining)} left" if remaining else ""
+    head = Table.grid(padding=(0, 2))
+    head.add_row(Text(name, style="bold"), bar, now.words, rate_text, left_text)
+    body = Table.grid(padding=(0, 2))
+    for running in now.running:
+        share = f"{running.done / running.total:4.0%}" if running.total else ""
+        body.add_row("  ", running.label, share, duration(max(0.0, time.time() - running.started)))
+    return Group(head, body)
+
+
+def line(now: Snapshot, rate: float | None, remaining: float | None) -> str:
+    """The display in one plain line."""
+    parts = [now.words]
+    parts += [f"{rate:,.0f} samples/s"] if rate else []
+    parts += [f"about {duration(remaining)} left"] if remaining else []
+    return ", ".join(parts)
+
+
+def details(now: Snapshot) -> RenderableType:
+    """What `ssl-diversity status` shows below the display: by kind, what failed and why, what waits."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("task", "done", "planned"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for kind, (done, planned) in now.done_by_kind.items():
+        table.add_row(kind, str(done), str(planned))
+    lines: list[RenderableType] = [table]
+    lines += [Text(f"waiting: {reason}") for reason in now.waiting]
+    lines += [Text(text, style="red") for task in now.left.failed for text in failure_lines(task)]
+    return Group(*lines)
+
+
+def failure_lines(task: Task) -> list[str]:
+    """What failed, why, and where the traceback is."""
+    found = store.failures(task)
+    if not found:
+        return []
+    last = found[-1]
+    return [f"failed: {task.label}: {last.summary.removeprefix('UserError: ')}", f"  traceback: {last.path}"]
+
+
+class Meter:
+    """Samples per second over the last minute."""
+
+    WINDOW_S = 60.0
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+
+    def rate(self, samples: int) -> float | None:
+        now = time.monotonic()
+        self.seen = [pair for pair in self.seen if now - pair[0] <= self.WINDOW_S] + [(now, samples)]
+        elapsed, gained = now - self.seen[0][0], samples - self.seen[0][1]
+        return gained / elapsed if elapsed > 1 and gained > 0 else None
+
+
+def as_record(now: Snapshot) -> dict[str, Any]:
+    """For `status --json`."""
+    return {
+        "done": now.done,
+        "total": now.total,
+        "running": [vars(r) for r in now.running],
+        "failed": [task.label for task in now.left.failed],
+        "blocked": [task.label for task in now.left.blocked],
+        "waiting": list(now.waiting),
+        "samples": now.samples,
+        "samples_asked": now.samples_asked,
+    }

@@ -1,0 +1,258 @@
+"""What is done, what failed, and the results themselves: plain files that any number of workers share.
+
+store/format                           the version of this layout
+store/<kind>/<kk>/<key>/               one task: task.json, what its function writes, result.json last
+store/done/<kind>/<kk>/<key>           empty; an index of the results (`store check` makes it anew)
+store/failed/<kind>/<kk>/<key>         empty; an index of the failures
+store/workers/<nonce>.json             what each worker is doing (for the display)
+store/cache/                           measured rates and counts
+"""
+
+import contextlib
+import json
+import shutil
+import textwrap
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_diversity.errors import UserError
+from ssl_diversity.files import home, read_json, task_dir, write_atomic, write_json
+from ssl_diversity.sweep.claims import Claim, create_once
+from ssl_diversity.sweep.task import NUMERICS, Task
+
+FORMAT = 1
+EVICTABLE_KINDS = ("embed", "statistics")  # caches that are computed again when they are missing
+SUMMARY_CHARACTERS = 400
+DISPOSABLE = ("last.ckpt",)  # what a task keeps while it runs and nobody needs afterwards
+
+
+def store_dir() -> Path:
+    return home() / "store"
+
+
+def cache_dir() -> Path:
+    return store_dir() / "cache"
+
+
+def open_store() -> None:
+    """Create the store, or make sure that this code can read the one there is.
+
+    Raises UserError if a newer version of the code made it.
+    """
+    path = store_dir() / "format"
+    try:
+        version = int(path.read_text())
+    except FileNotFoundError:
+        write_atomic(path, f"{FORMAT}\n")
+        return
+    except ValueError:
+        raise UserError(
+            f"{path}: not a version number; was the store damaged? restore it or move it away"
+        ) from None
+    if version > FORMAT:
+        raise UserError(
+            f"{path}: this store has format {version}, newer than this code's {FORMAT}; "
+            "update ssl-diversity or set SSL_DIVERSITY_HOME to another folder"
+        )
+
+
+class Index:
+    """The keys in `store/<what>/<kind>/`, listed once per kind and then kept in memory."""
+
+    def __init__(self, what: str) -> None:
+        self.root = store_dir() / what
+        self._keys: dict[str, set[str]] = {}
+
+    def keys(self, kind: str) -> set[str]:
+        if kind not in self._keys:
+            self._keys[kind] = {path.name for path in _leaves(self.root / kind)}
+        return self._keys[kind]
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.root / kind / key[:2] / key
+
+    def add(self, kind: str, key: str) -> None:
+        path = self.path(kind, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self.keys(kind).add(key)
+
+    def discard(self, kind: str, key: str) -> None:
+        self.path(kind, key).unlink(missing_ok=True)
+        self.keys(kind).discard(key)
+
+
+class Done(Index):
+    """A snapshot of which tasks are done; take a new one to see what others have done since."""
+
+    def __init__(self) -> None:
+        super().__init__("done")
+        self._outputs: dict[Path, bool] = {}
+
+    def __contains__(self, task: Task) -> bool:
+        if task.output is not None:
+            if task.output not in self._outputs:
+                self._outputs[task.output] = task.output.exists()
+            return self._outputs[task.output]
+        return task.key in self.keys(task.kind)
+
+    def all(self, tasks: Iterable[Task]) -> bool:
+        return all(task in self for task in tasks)
+
+
+def _leaves(root: Path) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for folder in root.iterdir():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                yield from folder.iterdir()
+
+
+def result(task: Task) -> dict[str, Any] | None:
+    """The published result of a task, or None."""
+    try:
+        value: dict[str, Any] = read_json(task.folder / "result.json")
+    except FileNotFoundError:
+        return None
+    return value
+
+
+def describe(task: Task) -> None:
+    """Write what the task is beside its result, for people and for later tools."""
+    record = {"kind": task.kind, "numerics": NUMERICS[task.kind], "label": task.label}
+    write_json(task.folder / "task.json", {**record, "spec": task.spec.model_dump(mode="json")})
+
+
+def publish(task: Task, claim: Claim, value: dict[str, Any]) -> bool:
+    """Make `value` the task's result, atomically and at most once; False if the claim was lost."""
+    if not claim.held():
+        return False
+    create_once(task.folder / "result.json", json.dumps(value, indent=1, sort_keys=True) + "\n")
+    settle(task)
+    claim.release()
+    return True
+
+
+def settle(task: Task) -> None:
+    """Index a task that has its result and drop what only its running needed."""
+    Done().add(task.kind, task.key)
+    Index("failed").discard(task.kind, task.key)
+    for name in DISPOSABLE:
+        (task.folder / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt: the first line says what went wrong, `text` holds the traceback."""
+
+    path: Path
+    when: float
+    text: str
+
+    @property
+    def summary(self) -> str:
+        return self.text.partition("\n")[0]
+
+    @property
+    def by_user(self) -> bool:
+        """Whether trying again is pointless until the user has changed something."""
+        return self.summary.startswith("UserError: ")
+
+
+def fail(task: Task, error: BaseException | str) -> Failure:
+    """Keep the traceback of a failed attempt in `failed.<attempt>.txt`."""
+    if isinstance(error, str):
+        text = error
+    else:
+        summary = textwrap.shorten(f"{type(error).__name__}: {error}", SUMMARY_CHARACTERS, placeholder=" ...")
+        text = summary + "\n\n" + "".join(traceback.format_exception(error))
+    number = len(failures(task)) + 1
+    while not create_once(task.folder / f"failed.{number}.txt", text.rstrip() + "\n"):
+        number += 1
+    Index("failed").add(task.kind, task.key)
+    path = task.folder / f"failed.{number}.txt"
+    return Failure(path, path.stat().st_mtime, text)
+
+
+def failures(task: Task, since: float = 0.0) -> list[Failure]:
+    """The failed attempts of a task from `since` (seconds since 1970) on, oldest first."""
+    paths = [(path.stat().st_mtime, path) for path in task.folder.glob("failed.*.txt")]
+    return [Failure(path, when, path.read_text()) for when, path in sorted(paths) if when >= since]
+
+
+def check() -> list[str]:
+    """Rebuild the index of results from the results; returns what was wrong, one line each."""
+    open_store()
+    notes: list[str] = []
+    done, failed = Done(), Index("failed")
+    for kind in NUMERICS:
+        found = set()
+        for folder in _leaves(store_dir() / kind):
+            if not (folder / "result.json").exists():
+                continue
+            try:
+                read_json(folder / "result.json")
+                found.add(folder.name)
+            except ValueError:
+                (folder / "result.json").unlink()
+                notes.append(f"{folder / 'result.json'}: not readable, removed: the task will run again")
+        for key in sorted(done.keys(kind) - found):
+            done.discard(kind, key)
+            notes.append(f"{kind} {key}: was marked done but has no result; the task will run again")
+        for key in sorted(found - done.keys(kind)):
+            done.add(kind, key)
+            notes.append(f"{kind} {key}: has a result but was not marked done; marked")
+        for key in sorted(found & failed.keys(kind)):
+            failed.discard(kind, key)
+    return notes
+
+
+def listing(kind: str | None) -> Iterator[tuple[str, str, str, str]]:
+    """(kind, key, state, label) of every task that was ever begun."""
+    done, failed = Done(), Index("failed")
+    for name in NUMERICS if kind is None else [kind]:
+        if name not in NUMERICS:
+            raise UserError(f"unknown kind {name!r}; known: {', '.join(NUMERICS)}")
+        for folder in sorted(_leaves(store_dir() / name)):
+            key = folder.name
+            state = "done" if key in done.keys(name) else "failed" if key in failed.keys(name) else "begun"
+            with contextlib.suppress(FileNotFoundError):
+                yield name, key, state, read_json(folder / "task.json")["label"]
+
+
+def usage() -> list[tuple[str, int, int]]:
+    """(kind, files, bytes) of every part of the store."""
+    rows = []
+    for part in (
+        sorted(path for path in store_dir().iterdir() if path.is_dir()) if store_dir().exists() else []
+    ):
+        files = [path for path in part.rglob("*") if path.is_file()]
+        rows.append((part.name, len(files), sum(path.stat().st_size for path in files)))
+    return rows
+
+
+def collect_garbage(*, older_than_s: float, now: float) -> tuple[int, int]:
+    """Drop caches, and temporary files and checkpoints left by kills; returns (files, bytes) freed.
+
+    Files touched within `older_than_s` may belong to a running task and stay.
+    """
+    doomed: list[Path] = []
+    for kind in EVICTABLE_KINDS:
+        doomed += [path for path in (store_dir() / kind).rglob("*") if path.is_file()]
+    doomed += [path for path in store_dir().rglob(".*.tmp") if path.is_file()]
+    for kind in NUMERICS:
+        for key in Done().keys(kind):
+            doomed += [path for name in DISPOSABLE if (path := task_dir(kind, key) / name).exists()]
+    files = size = 0
+    for path in doomed:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            if now - stat.st_mtime >= older_than_s:
+                path.unlink()
+                files, size = files + 1, size + stat.st_size
+    for kind in EVICTABLE_KINDS:
+        if (store_dir() / kind).exists() and not any(p.is_file() for p in (store_dir() / kind).rglob("*")):
+            shutil.rmtree(store_dir() / kind)
+    return files, size

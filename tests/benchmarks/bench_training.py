@@ -1,0 +1,140 @@
+"""Training samples per second: this code against a plain lightly loop, same images, same run, interleaved.
+
+    python tests/benchmarks/bench_training.py [--images FOLDER_OR_TAR] [--backbone resnet18] [--steps 12] [--rounds 3]
+
+The peer is what one writes from lightly's documentation: its SimCLRTransform, a torchvision ImageFolder and a
+DataLoader with two persistent workers, SimCLRProjectionHead, NTXentLoss, and Lightning's Trainer; the backbone,
+the optimiser and the batch size are ours. It runs at its default precision (float32), ours at float32 and bf16.
+Without --images, patches of scikit-learn's two photographs are used.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+from ssl_diversity import loop, methods
+from ssl_diversity.backbones import build_backbone
+from ssl_diversity.data import recipes
+from ssl_diversity.data.order import GlobalOrder
+from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.prepare import prepare
+from ssl_diversity.data.reading import open_reader
+from ssl_diversity.methods.recipe import load_recipe
+from ssl_diversity.runtime import Runtime
+
+
+class LightlySimCLR(pl.LightningModule):
+    def __init__(self, backbone: str, size: int) -> None:
+        super().__init__()
+        self.backbone = build_backbone(backbone, size)
+        self.head = SimCLRProjectionHead(self.backbone.dim, 2048, 256)
+        self.criterion = NTXentLoss(temperature=0.2)
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
+        (x0, x1), _ = batch
+        return self.criterion(self.head(self.backbone(x0)), self.head(self.backbone(x1)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Clock(pl.Callback):
+    """Seconds per step, the first ones (warm-up) left out."""
+
+    def __init__(self, skip: int = 3) -> None:
+        self.skip, self.steps, self.start = skip, 0, 0.0
+
+    def on_train_batch_end(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
+        self.steps += 1
+        if self.steps == self.skip:
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - self.start
+
+
+def lightly_rate(folder: Path, args: argparse.Namespace) -> float:
+    dataset = ImageFolder(str(folder), transform=SimCLRTransform(input_size=args.size))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=args.batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
+    clock = Clock()
+    trainer = pl.Trainer(
+        max_steps=args.steps + clock.skip, accelerator="cpu", callbacks=[clock], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(LightlySimCLR(args.backbone, args.size), loader)
+    return args.steps * args.batch / clock.seconds
+
+
+def our_rate(pool: Pool, args: argparse.Namespace, precision: str, out: Path) -> float:
+    def seconds(steps: int) -> float:
+        budget = steps * args.batch
+        recipe = load_recipe("simclr", "small", budget_samples=budget, image_size=args.size, overrides={})
+        module = methods.build(
+            "simclr", backbone=args.backbone, image_size=args.size, recipe=recipe,
+            budget=budget, batch_size=args.batch, seed=0,
+        )  # fmt: skip
+        n = min(pool.size, 2048)
+        return loop.fit(
+            module,
+            order=GlobalOrder(n, args.batch, 0, budget),
+            reader=open_reader(pool, Rows(0, n, pool.size)),
+            batch_size=args.batch,
+            out=out,
+            runtime=Runtime(threads=torch.get_num_threads()),
+            precision=precision,
+            checkpoint_samples=10**12,
+        ).seconds
+
+    few, many = 3, args.steps + 3  # the difference leaves the warm-up out, as for the peer
+    return args.steps * args.batch / (seconds(many) - seconds(few))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", help="a folder or tar of images (default: scikit-learn's photographs)")
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        import os
+
+        os.environ["SSL_DIVERSITY_HOME"] = temporary
+        source, options = ("folder", {"path": args.images}) if args.images else ("photo_patches", {})
+        pool = prepare(recipes.resolve(source, options, defaults={"size": args.size}), processes=2)
+        folder = Path(temporary) / "files" / "all"
+        folder.mkdir(parents=True)
+        from PIL import Image
+
+        for row, image in enumerate(pool.images(range(min(pool.size, 2048)))):
+            Image.fromarray(image).save(folder / f"{row}.png")
+        rates: dict[str, list[float]] = {"lightly, float32": [], "ours, float32": [], "ours, bf16": []}
+        for _ in range(args.rounds):
+            rates["lightly, float32"].append(lightly_rate(folder.parent, args))
+            rates["ours, float32"].append(our_rate(pool, args, "32-true", Path(temporary)))
+            rates["ours, bf16"].append(our_rate(pool, args, "bf16-mixed", Path(temporary)))
+    peer = rates["lightly, float32"]
+    print(
+        f"SimCLR, {args.backbone}, {args.size} px, batch {args.batch}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+    )
+    for name, values in rates.items():
+        ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
+        print(f"{name:18} {statistics.median(values):8.1f} samples/s   ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

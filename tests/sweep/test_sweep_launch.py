@@ -1,0 +1,249 @@
+"""Launching: submitit's local executor with real processes, and its SLURM executor with a scheduler that is a file."""
+
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ssl_diversity.errors import UserError
+from ssl_diversity.sweep import config, launch, status
+from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.plan import expand
+from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
+
+RUN = (
+    "import sys\n"
+    "sys.path.insert(0, {folder!r})\n"
+    "import sweep_fakes\n"
+    "from ssl_diversity.sweep import config, launch, work\n"
+    "from ssl_diversity.sweep.profile import LocalProfile\n"
+    "work.FUNCTIONS.update(sweep_fakes.FUNCTIONS)\n"
+    "profile = LocalProfile.model_validate_json({profile!r})\n"
+    "sys.exit(launch.run(config.load('quickstart', {overrides!r}), profile, with_report=False))\n"
+)
+SMALL = ["sources=[digits]", "methods=[simclr,byol]", "unique_samples=[64,128]", "budget=256"]
+
+
+def start(profile: LocalProfile) -> subprocess.Popen[str]:
+    """A sweep in a process group of its own."""
+    code = RUN.format(folder=str(Path(__file__).parent), profile=profile.model_dump_json(), overrides=SMALL)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ran() -> Counter[tuple[str, str]]:
+    import sweep_fakes
+
+    return Counter((run["kind"], run["key"]) for run in sweep_fakes.executions())
+
+
+def wait_for(condition, timeout_s: float = 60) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=500, markup=False, highlight=False)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_two_workers_do_it_all_once_and_a_second_run_launches_none(
+    small: SweepConfig, profile: LocalProfile, console: Console
+) -> None:
+    assert launch.run(small, profile, with_report=False, console=console) == 0
+    assert status.snapshot(expand(small)).complete
+    assert set(ran().values()) == {1}
+    assert said(console).splitlines()[-1] == "quickstart: all 16 tasks are done"
+    logs = list((small.folder / "logs").iterdir())
+    assert len(logs) == 1
+    assert launch.run(small, profile, with_report=False, console=console) == 0
+    assert list((small.folder / "logs").iterdir()) == logs
+
+
+@pytest.mark.usefixtures("fakes")
+def test_failures_give_status_1_and_mistakes_of_the_user_2(
+    small: SweepConfig, profile: LocalProfile, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = profile.model_copy(update={"workers": 1})
+    monkeypatch.setenv("FAKE_FAIL", "distance")
+    assert launch.run(small, single, with_report=False, console=console) == 1
+    assert said(console).splitlines()[-1] == "quickstart: NOT COMPLETE: 13 of 16 tasks done, 3 failed"
+    assert "RuntimeError: made to fail" in said(console)
+    monkeypatch.setenv("FAKE_FAIL", "")
+    monkeypatch.setenv("FAKE_REFUSE", "distance")
+    assert launch.run(small, single, with_report=False, console=console) == 2
+    assert ": made to refuse" in said(console)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fakes")
+def test_workers_that_are_killed_are_replaced_until_the_task_is_given_up(
+    small: SweepConfig, profile: LocalProfile, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CRASH", "distance")
+    eager = profile.model_copy(update={"max_attempts": 3, "workers": 1})
+    sweep = small.model_copy(update={"methods": ("simclr",), "unique_samples": (64,)})
+    assert launch.run(sweep, eager, with_report=False, console=console) == 1
+    assert "ended while running this task" in said(console)
+    now = status.snapshot(expand(sweep))
+    assert all(done == planned for kind, (done, planned) in now.done_by_kind.items() if kind != "distance")
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_mistake_that_only_the_pool_reveals_ends_the_sweep(profile: LocalProfile, console: Console) -> None:
+    sweep = config.load("quickstart", ["sources=[digits]", "methods=[simclr]", "unique_samples=5000"])
+    with pytest.raises(UserError, match="more than pool 'digits' has"):
+        launch.run(sweep, profile, with_report=False, console=console)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fakes")
+def test_a_second_sweep_at_once_shares_the_work(
+    profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.01")
+    both = [start(profile), start(profile)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert set(ran().values()) == {1}
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.2")
+    process = start(profile)
+    wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C does
+    else:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Run the same command again" in output.splitlines()[-1]
+    assert not list((config.runs_dir().parent / "store").rglob("claim.*"))
+    assert not list((config.runs_dir().parent / "store").rglob("failed.*"))
+    monkeypatch.setenv("FAKE_STEP_S", "0")
+    again = start(profile)
+    assert "all 16 tasks are done" in again.communicate(timeout=60)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fakes")
+def test_killed_with_its_whole_group_it_goes_on_at_once(
+    profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    for done in (0, 2):
+        process = start(profile)
+        wait_for(lambda done=done: sum(kind == "pretrain" for kind, _ in ran().elements()) > done)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    monkeypatch.setenv("FAKE_STEP_S", "0")
+    process = start(profile)
+    output, _ = process.communicate(timeout=60)
+    assert "all 16 tasks are done" in output
+    assert not list(
+        (config.runs_dir().parent / "store").rglob("failed.*")
+    )  # a kill is no failure of the task
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fakes")
+def test_a_submitter_that_dies_alone_takes_its_workers_with_it(
+    profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+    process = start(profile)
+    wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
+    threading.Thread(target=process.wait, daemon=True).start()  # so that it is no zombie
+    process.kill()
+    store = config.runs_dir().parent / "store"
+    wait_for(lambda: not list(store.rglob("claim.*")))
+
+
+def fake_slurm(folder: Path) -> Path:
+    """sbatch that keeps the script it is given, and the other commands that submitit looks for."""
+    kept = folder / "script.sh"
+    commands = {
+        "sbatch": f'cat "$1" >> {kept}; echo Submitted batch job 4711',
+        "srun": "true",
+        "scancel": "true",
+    }
+    commands["sacct"] = "echo 'JobID|State|NodeList'"
+    for name, body in commands.items():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return kept
+
+
+def test_slurm_gets_one_array_through_the_same_code(
+    small: SweepConfig, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = fake_slurm(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    profile = SlurmProfile(
+        executor="slurm",
+        workers=3,
+        time_min=90,
+        cpus=6,
+        gpus=1,
+        mem_gb=24,
+        partition="gpu",
+        account="lab",
+        constraint="a100",
+        setup=("module load cuda",),
+        additional={"nice": 5},
+    )
+    assert launch.run(small, profile, detach=True, console=console) == 0
+    script = kept.read_text()
+    for line in (
+        "--array=0-2%3",
+        "--time=90",
+        "--cpus-per-task=6",
+        "--gpus-per-node=1",
+        "--mem=24GB",
+        "--partition=gpu",
+        "--account=lab",
+        "--constraint=a100",
+        "--nice=5",
+        "--job-name=quickstart",
+        "module load cuda",
+    ):
+        assert line in script
+    assert script.count("#!/bin/bash") == 1
+    assert "3 workers submitted" in said(console)
+
+
+def test_slurm_without_slurm_is_a_users_mistake(
+    small: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    profile = SlurmProfile(executor="slurm", workers=1, time_min=10)
+    with pytest.raises(UserError, match="no sbatch"):
+        launch.run(small, profile)
