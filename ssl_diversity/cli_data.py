@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ssl_diversity import files
 from ssl_diversity.config import parse_overrides
+from ssl_diversity.errors import UserError
 from ssl_diversity.runtime import Runtime, on_terminal
 
 PLAIN_WIDTH = 160  # columns where the output is not a terminal
@@ -73,7 +74,10 @@ def data_prepare(
     """
     from ssl_diversity.data import recipes
     from ssl_diversity.data.prepare import prepare
+    from ssl_diversity.generation import config as generation
 
+    if recipes.load(recipe)["source"] == generation.SOURCE:
+        raise UserError(f"{recipe!r} is generated, not prepared; run `ssl-diversity generate {recipe}`")
     spec = recipes.resolve(recipe, parse_overrides(overrides or []))
     with progress_bar(f"prepare {spec.name}") as tell:
         pool = prepare(

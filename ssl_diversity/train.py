@@ -1,14 +1,23 @@
 """A cell's pretraining: one method, one backbone, N rows of a pool, exactly C samples."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssl_diversity import budget
 from ssl_diversity.config import Config
 from ssl_diversity.methods.recipe import Recipe
 from ssl_diversity.runtime import Runtime
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ssl_diversity.methods.base import Method
+
 EFFECTIVE_RANK_IMAGES = 1024
+HEAD_SPREAD = (
+    0.1  # of a head's embeddings: SimCLR without its negatives fell to 0.03, healthy ones kept 0.28 and more
+)
 
 
 class CellSpec(Config):
@@ -71,7 +80,7 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     result = loop.fit(
         module,
         order=GlobalOrder(spec.unique_samples, spec.batch_size, spec.seed, spec.budget),
-        reader=open_reader(pool, rows),
+        reader=open_reader(pool, rows, threads=runtime.threads),
         batch_size=spec.batch_size,
         out=out,
         runtime=runtime,
@@ -98,7 +107,27 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "samples_per_second": result.samples_seen / result.seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
         "effective_rank": effective_rank(features),
-        "collapsed": collapsed(features),
+        "collapsed": collapsed(features)
+        or any(collapsed(x, HEAD_SPREAD) for x in _embeddings(module, shown, runtime.device)),
         "final_loss": result.history[-1][1],
         "history": result.history,
     }
+
+
+def _embeddings(module: "Method", images: "NDArray[np.uint8]", device: str) -> "list[NDArray[np.float32]]":
+    """What a joint-embedding method's head makes of views of uint8 (n, H, W, 3): [(n, d)], or [] for MAE.
+
+    A head can map every image to one point while the backbone's features still look healthy.
+    """
+    import torch
+
+    from ssl_diversity.views.augment import make_views
+
+    if not module.joint_embedding:
+        return []
+    module.eval().to(device)
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+    positions = torch.arange(len(images), device=device)
+    with torch.no_grad():
+        outputs = module(make_views(batch, module.recipe.views, module.seed, positions), positions)
+    return [outputs[0].flatten(0, -2).float().cpu().numpy()]

@@ -49,6 +49,8 @@ def test_everything_has_help_with_an_example(
         (["data", "inspect", "nonsense"], "no pool 'nonsense'"),
         (["data", "prepare", "folder", "path=/nowhere", "name=x"], "/nowhere"),
         (["data", "prepare", "digitz"], "did you mean 'digits'"),
+        (["data", "prepare", "generated-digits"], "ssl-diversity generate generated-digits"),
+        (["generate", "digits"], "ssl-diversity data prepare digits"),
         (["store", "ls", "nonsense"], "unknown kind"),
     ],
 )

@@ -49,14 +49,14 @@ def spread(features: Features) -> float:
     return float(np.sqrt(((unit - unit.mean(0)) ** 2).sum(1).mean()))
 
 
-def collapsed(features: Features) -> bool:
+def collapsed(features: Features, least_spread: float = COLLAPSED_SPREAD) -> bool:
     """Whether (n, d) features have collapsed to a point or to a line.
 
-    A point: `spread` below 0.01. A line: the centred features of length 1 have effective rank below 1.5.
+    A point: `spread` below `least_spread`. A line: the centred features of length 1 have effective rank below 1.5.
     Centred, since features after a ReLU share a large mean, which says nothing about what tells images
     apart. Features that are not finite count as collapsed.
     """
-    if not np.isfinite(features).all() or spread(features) < COLLAPSED_SPREAD:
+    if not np.isfinite(features).all() or spread(features) < least_spread:
         return True
     unit = normalised(features.astype(np.float64))
     return effective_rank(unit - unit.mean(0)) < COLLAPSED_RANK

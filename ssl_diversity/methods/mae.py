@@ -18,6 +18,7 @@ class MAE(Method):
     """He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377."""
 
     view_counts = range(1, 2)
+    joint_embedding = False
 
     def build(self, *, mask_ratio: float, decoder_dim: int, decoder_depth: int, decoder_heads: int) -> None:
         self.patch = patch_size(self.image_size)

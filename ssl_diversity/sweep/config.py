@@ -12,8 +12,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from ssl_diversity import budget, config
 from ssl_diversity.backbones import BACKBONES
 from ssl_diversity.config import Config
+from ssl_diversity.data import recipes
 from ssl_diversity.errors import UserError
 from ssl_diversity.files import REPOSITORY, runs_dir, write_atomic
+from ssl_diversity.generation import config as generation
 from ssl_diversity.methods.recipe import METHODS, check_backbone
 
 SETS = ("sources", "downstream")
@@ -174,7 +176,9 @@ def one_cell(overrides: Sequence[str]) -> list[str]:
 
 
 def one_source(recipe: str, options: Mapping[str, Any], image_size: int) -> SweepConfig:
-    """The smallest sweep that makes the source `recipe`."""
+    """The smallest sweep that makes the generated source `recipe`."""
+    if recipes.load(recipe)["source"] != generation.SOURCE:
+        raise UserError(f"{recipe!r} is prepared, not generated; run `ssl-diversity data prepare {recipe}`")
     base = load("quickstart", ["name=generate", "methods=[simclr]"], remembered=False)
     (name, entry), *_ = _normal_sets([recipe]).items()
     point = {"unique_samples": (1,), "budget": (1,), "batch_size": 1}

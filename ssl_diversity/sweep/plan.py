@@ -12,7 +12,6 @@ from typing import Any
 from ssl_diversity import budget
 from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.distance.config import DistanceSpec, extractor_digest
-from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.config import ProbeSpec
 from ssl_diversity.methods.recipe import Recipe, load_recipe
 from ssl_diversity.sweep import flops, sets
@@ -255,7 +254,7 @@ def _with_tasks(
             d.name: _probe(sweep, f"cell:{task.key}", d, (task, *d.tasks), f"{d.name} {name}") for d in ready
         },
         distances={d.name: t for d in ready if (t := distances.get((cell.source.name, d.name)))},
-        subset_distances={d.name: _distance(sweep, cell.source, rows, d) for d in ready},
+        subset_distances={d.name: t for d in ready if (t := _distance(sweep, cell.source, rows, d))},
     )
 
 
@@ -306,19 +305,22 @@ def _source_distances(
             for source in sources:
                 assert source.pool is not None
                 rows = source.pool.rows(min(sweep.distance.n, *sizes))
-                tasks[source.name, d.name] = _distance(sweep, source, rows, d)
+                task = _distance(sweep, source, rows, d)
+                if task is not None:
+                    tasks[source.name, d.name] = task
     return tasks
 
 
-def _distance(sweep: SweepConfig, source: Source, rows: Rows, d: Downstream) -> Task:
-    """The first of `rows` against as many training images of `d`: at most distance.n, and what both have."""
+def _distance(sweep: SweepConfig, source: Source, rows: Rows, d: Downstream) -> Task | None:
+    """The first of `rows` against as many training images of `d`: at most distance.n, and what both have.
+
+    None for a single image: it has no distribution.
+    """
     assert source.pool is not None
     assert d.train is not None
     n = min(sweep.distance.n, rows.count, d.train.size)
     if n < 2:
-        raise UserError(
-            f"downstream set {d.name!r} has {d.train.size} training image(s): too few for a distance"
-        )
+        return None
     first = Rows(rows.start, n, rows.size)
     spec = DistanceSpec(
         pool=source.pool.path.name,

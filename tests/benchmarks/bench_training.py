@@ -84,9 +84,11 @@ def our_rate(pool: Pool, args: argparse.Namespace, precision: str, out: Path) ->
             budget=budget, batch_size=args.batch, seed=0,
         )  # fmt: skip
         n = min(pool.size, 2048)
+        order = GlobalOrder(n, args.batch, 0, max(n, budget))
+        order.steps = steps
         return loop.fit(
             module,
-            order=GlobalOrder(n, args.batch, 0, budget),
+            order=order,
             reader=open_reader(pool, Rows(0, n, pool.size)),
             batch_size=args.batch,
             out=out,

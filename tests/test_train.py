@@ -1,0 +1,112 @@
+"""A cell: exactly its budget, resumed bit for bit, the same weights under both tiers, collapse flagged."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_diversity.data import reading, recipes
+from ssl_diversity.data.pool import Pool
+from ssl_diversity.data.prepare import prepare
+from ssl_diversity.errors import Interrupted
+from ssl_diversity.features import load_weights
+from ssl_diversity.methods.recipe import load_recipe
+from ssl_diversity.methods.simclr import SimCLR
+from ssl_diversity.runtime import Runtime
+from ssl_diversity.train import CellSpec, pretrain
+
+STEPS, BATCH = 6, 16
+
+
+def cell(pool: Pool, method: str, **recipe: Any) -> CellSpec:
+    rows = pool.rows(40)
+    return CellSpec(
+        method=method,
+        backbone="vit-micro" if method == "mae" else "conv-tiny",
+        recipe=load_recipe(method, "quick", budget_samples=STEPS * BATCH, image_size=16, overrides=recipe),
+        image_size=16,
+        pool=pool.path.name,
+        rows_start=rows.start,
+        rows_digest=pool.rows_digest(rows),
+        unique_samples=40,
+        budget=STEPS * BATCH + 5,
+        batch_size=BATCH,
+        seed=3,
+        checkpoint_samples=2 * BATCH,
+    )
+
+
+@pytest.fixture
+def pool(home: Path) -> Pool:
+    return prepare(recipes.resolve("digits", {}, defaults={"size": 16}))
+
+
+def run(spec: CellSpec, out: Path, stop_after: int | None = None) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == stop_after
+
+    return pretrain(spec, out, Runtime(stop=stop))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "weights.pt", weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+
+def same(a: Path, b: Path) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["simclr", "mocov3", "byol", "barlow_twins", "vicreg", "dino", "mae"])
+@pytest.mark.parametrize("tier", ["resident", "random"])
+def test_resumed_equals_undisturbed_under_both_tiers(
+    pool: Pool, tmp_path: Path, method: str, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = cell(pool, method)
+    expected = run(spec, tmp_path / "undisturbed")
+    monkeypatch.setattr(reading, "open_reader", functools.partial(reading.open_reader, tier=tier))
+    for stop_after in (1, STEPS - 3):
+        with pytest.raises(Interrupted):
+            run(spec, tmp_path / "stopped", stop_after)
+    resumed = run(spec, tmp_path / "stopped")
+    assert same(tmp_path / "undisturbed", tmp_path / "stopped")
+    assert resumed["history"] == expected["history"]
+    assert resumed["samples_seen"] == STEPS * BATCH
+    assert resumed["flops"] == resumed["flops_per_sample"] * STEPS * BATCH
+
+
+def test_weights_load_into_the_network_they_name(pool: Pool, tmp_path: Path) -> None:
+    result = run(cell(pool, "simclr"), tmp_path / "cell")
+    images = torch.rand(3, 3, 16, 16)
+    assert load_weights(tmp_path / "cell" / "weights.pt")(images).shape == (3, 128)
+    assert 1 <= result["effective_rank"] <= 40
+    assert not result["collapsed"]
+
+
+def test_a_collapsed_cell_is_flagged(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimCLR without negatives, its head without norms: alignment alone maps every image to one point."""
+    spec = cell(pool, "simclr", head_norm=False).model_copy(update={"budget": 64 * BATCH})
+    with monkeypatch.context() as patch:
+        patch.setattr(SimCLR, "criterion", lambda self, a, b: -torch.cosine_similarity(a, b).mean())
+        assert run(spec, tmp_path / "collapsed")["collapsed"]
+    assert not run(spec, tmp_path / "healthy")["collapsed"]
+
+
+def test_where_the_pool_lies_is_not_the_cell(pool: Pool) -> None:
+    spec = cell(pool, "simclr")
+    moved = spec.model_copy(update={"pool": "elsewhere", "rows_start": 7, "checkpoint_samples": 1})
+    assert moved.identity() == spec.identity()
+    for change in (
+        {"seed": 4},
+        {"budget": 32},
+        {"rows_digest": "other"},
+        {"precision": "32-true"},
+        {"batch_size": 8},
+    ):
+        assert spec.model_copy(update=change).identity() != spec.identity()
