@@ -24,7 +24,19 @@ class Config(BaseModel):
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
+        """JSON value of every field that determines results, in nested configs too."""
+        dumped: dict[str, Any] = self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
+        return {name: _identity(getattr(self, name), value) for name, value in dumped.items()}
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Config):
+        return value.identity()
+    if isinstance(value, list | tuple):
+        return [_identity(item, plain) for item, plain in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        return {key: _identity(item, dumped[str(key)]) for key, item in value.items()}
+    return dumped
 
 
 C = TypeVar("C", bound=Config)
@@ -75,13 +87,25 @@ def validate(model: type[C], values: Mapping[str, Any], where: str) -> C:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
-            known = sorted(model.model_fields)
+            known = sorted(_nested(model, first["loc"][:-1]).model_fields)
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}; {hint}") from None
         message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
         value = "" if first["type"] == "missing" else f" (got {first['input']!r})"
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}{value}") from None
+
+
+def _nested(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """The config that `path` leads to, as far as fields that are configs themselves go."""
+    for name in path:
+        field = model.model_fields.get(str(name))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            break
+        model = field.annotation
+    return model
 
 
 def _one_line(error: Exception) -> str:

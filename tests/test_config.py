@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from pydantic import Field
 
 from ssl_diversity import config
 from ssl_diversity.errors import UserError
@@ -14,6 +15,12 @@ class Example(config.Config):
     budget: int = 1
     methods: tuple[str, ...] = ()
     where: str = ""
+
+
+class Outer(config.Config):
+    inner: Example = Example()
+    several: tuple[Example, ...] = ()
+    named: dict[str, Example] = Field({})
 
 
 def test_overrides_nest_and_replace_lists(tmp_path: Path) -> None:
@@ -53,3 +60,14 @@ def test_malformed_files(tmp_path: Path) -> None:
 def test_identity_leaves_out_what_does_not_determine_results() -> None:
     assert Example(where="a").identity() == Example(where="b").identity()
     assert Example(budget=2).identity() != Example(budget=3).identity()
+
+
+def test_identity_and_hints_reach_nested_configs() -> None:
+    a, b = Example(where="a"), Example(where="b")
+    assert (
+        Outer(inner=a, several=(a,), named={"x": a}).identity()
+        == Outer(inner=b, several=(b,), named={"x": b}).identity()
+    )
+    assert Outer(several=(Example(budget=2),)).identity() != Outer(several=(a,)).identity()
+    with pytest.raises(UserError, match=r"unknown key 'inner\.bugdet'; did you mean 'budget'"):
+        config.validate(Outer, {"inner": {"bugdet": 3}}, "here")

@@ -1,5 +1,7 @@
 """FLOPs of one training sample: what a budget in FLOPs buys. Nothing is computed: tensors have shapes only."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from ssl_diversity.files import digest, home, read_json, write_json
@@ -10,6 +12,11 @@ _VERSION = 1
 """Raised when a count changes, so that cached ones are not used again."""
 
 
+def known_flops(method: str, backbone: str, image_size: int, recipe: Recipe) -> int | None:
+    """`flops_per_sample` where it was counted before, else None; imports no torch."""
+    return _counted().get(_key(method, backbone, image_size, recipe))
+
+
 def flops_per_sample(method: str, backbone: str, image_size: int, recipe: Recipe) -> int:
     """FLOPs (two per multiply-add) that one image costs in one training step: all its views through all networks.
 
@@ -17,14 +24,27 @@ def flops_per_sample(method: str, backbone: str, image_size: int, recipe: Recipe
     loss, optimiser. Independent of the batch size. Kept in store/cache/flops.json. UserError for a backbone that
     does not suit the method.
     """
+    flops = known_flops(method, backbone, image_size, recipe)
+    if flops is None:
+        flops = count(method, backbone, image_size, recipe)
+        write_json(_cache(), {**_counted(), _key(method, backbone, image_size, recipe): flops})
+    return flops
+
+
+def _key(method: str, backbone: str, image_size: int, recipe: Recipe) -> str:
     views = [(view.pixels(image_size), view.count) for view in recipe.views]
-    key = digest([_VERSION, method, backbone, image_size, views, recipe.params])
-    cache = home() / "store" / "cache" / "flops.json"
-    known: dict[str, int] = read_json(cache) if cache.exists() else {}
-    if key not in known:
-        known[key] = count(method, backbone, image_size, recipe)
-        write_json(cache, known)
-    return known[key]
+    return digest([_VERSION, method, backbone, image_size, views, recipe.params])
+
+
+def _cache() -> Path:
+    return home() / "store" / "cache" / "flops.json"
+
+
+def _counted() -> dict[str, int]:
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, int] = read_json(_cache())
+        return found
+    return {}
 
 
 def count(method: str, backbone: str, image_size: int, recipe: Recipe, batch_size: int = 4) -> int:

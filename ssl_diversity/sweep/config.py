@@ -19,6 +19,7 @@ from ssl_diversity.generation import config as generation
 from ssl_diversity.methods.recipe import METHODS, check_backbone
 
 SETS = ("sources", "downstream")
+Sets = dict[str, dict[str, Any]]  # name -> {"recipe": ..., and options}
 
 
 def _listed(value: Any) -> Any:
@@ -128,10 +129,12 @@ def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -
         sweep = config.validate(SweepConfig, values, where)
     except UserError as error:
         raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
-    record = recorded(sweep.name)
-    if remembered and record is not None:
-        sweep = sweep.model_copy(update={"downstream": {**record.downstream, **sweep.downstream}})
-    return sweep
+    record = recorded(sweep.name) if remembered else None
+    old = (record.sources, record.downstream) if record else ({}, {})
+    sources = _with_paths(sweep.sources, same_recipe={}, before=old[0])
+    by_recipe = {entry["recipe"]: entry for entry in sources.values()}
+    downstream = _with_paths({**old[1], **sweep.downstream}, same_recipe=by_recipe, before=old[1])
+    return sweep.model_copy(update={"sources": sources, "downstream": downstream})
 
 
 def recorded(name: str) -> SweepConfig | None:
@@ -200,6 +203,29 @@ def _find(text: str) -> Path:
         | {path.parent.name for path in runs_dir().glob("*/sweep.yaml")}
     )
     raise UserError(f"no such sweep: {text!r}; {_hint(text, known)}")
+
+
+def _with_paths(sets: Sets, *, same_recipe: Sets, before: Sets) -> Sets:
+    """`sets` with the path that the recipe of each leaves to the environment, so that a record needs none.
+
+    Where the set does not give it: that of a source of the `same_recipe`, else the environment's, else the
+    one of the same set in the run `before`.
+    """
+    out = {}
+    for name, entry in sets.items():
+        recipe = entry["recipe"]
+        packaged = recipe in recipes.names() or recipe.endswith((".yaml", ".yml"))
+        options = (recipes.load(recipe).get("options") or {}) if packaged else {}
+        candidates = (
+            same_recipe.get(recipe, {}).get("path"),
+            options.get("path"),
+            before.get(name, {}).get("path"),
+        )
+        path = next(filter(None, candidates), None)
+        if path and "path" in options and "path" not in entry:
+            entry = {**entry, "path": str(Path(path).expanduser().resolve())}  # noqa: PLW2901
+        out[name] = entry
+    return out
 
 
 def _normal(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from ssl_diversity import budget
 from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.distance.config import DistanceSpec, extractor_digest
 from ssl_diversity.evaluation.config import ProbeSpec
+from ssl_diversity.methods.flops import known_flops
 from ssl_diversity.methods.recipe import Recipe, load_recipe
-from ssl_diversity.sweep import flops, sets
+from ssl_diversity.sweep import sets
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.sets import Downstream, Source
 from ssl_diversity.sweep.store import Done
@@ -168,12 +169,12 @@ def _resolve_budget(
     samples: int | None = int(parsed.amount) if parsed.unit == "samples" else None
     if samples is None:
         first = _recipe(sweep, method, 1)
-        per_sample = flops.known(method, sweep.backbone_of(method), sweep.image_size, first)
+        per_sample = known_flops(method, sweep.backbone_of(method), sweep.image_size, first)
         if per_sample is None:
             return None, None, None
         samples = parsed.samples(per_sample)
     recipe = _recipe(sweep, method, samples)
-    per_sample = flops.known(method, sweep.backbone_of(method), sweep.image_size, recipe)
+    per_sample = known_flops(method, sweep.backbone_of(method), sweep.image_size, recipe)
     if parsed.unit != "samples":
         samples = None if per_sample is None else parsed.samples(per_sample)
     if samples is not None:

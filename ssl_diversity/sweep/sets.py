@@ -86,11 +86,8 @@ def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe
 
 
 def downstream(sweep: SweepConfig, name: str) -> Downstream:
-    """The downstream set `name`. Without options of its own it has those of a source of the same recipe."""
-    entry = sweep.downstream[name]
-    if set(entry) == {"recipe"}:
-        entry = next((e for e in sweep.sources.values() if e["recipe"] == entry["recipe"]), entry)
-    recipe, options = _entry(entry, name)
+    """The labelled downstream set `name`: a recipe, or the path of a folder or tar."""
+    recipe, options = _entry(sweep.downstream[name], name)
     try:
         specs = recipes.downstream(recipe, options, defaults=_defaults(sweep))
     except UserError as error:

@@ -36,7 +36,7 @@ def run(home: Path, *arguments: str, status: int = 0) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,
+        timeout=2400,
     )
     assert done.returncode == status, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr or status == 1, done.stderr

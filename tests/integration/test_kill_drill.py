@@ -84,7 +84,7 @@ def test_real_photographs_killed_three_times(tmp_path: Path) -> None:
         )
     arguments = ["sweep", "cifar10", f"sources.cifar10.path={data}/cifar10.tar", f"downstream.cifar10.path={data}/cifar10.tar",
                  "methods=[simclr,mae]", "backbone={default: conv-tiny, mae: vit-micro}", "unique_samples=[1000,10000]",
-                 "budget=20000", "seeds=1", "checkpoint_samples=2000"]  # fmt: skip
+                 "budget=20000", "seeds=1", "checkpoint_samples=2000", "baselines=[random]"]  # fmt: skip
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
     killed.mkdir()

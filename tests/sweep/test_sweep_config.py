@@ -118,6 +118,20 @@ def test_the_source_path_serves_the_downstream_set_of_the_same_recipe(tmp_path) 
     assert {str(task.spec.options["path"]) for task in plan.tasks} == {str(tmp_path)}
 
 
+def test_a_run_needs_the_environment_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    first.mkdir()
+    moved.mkdir()
+    monkeypatch.setenv("CIFAR10_PATH", str(first))
+    config.remember(config.load("cifar10"))
+    monkeypatch.delenv("CIFAR10_PATH")
+    again = config.load("cifar10")
+    assert again.sources["cifar10"]["path"] == again.downstream["cifar10"]["path"] == str(first)
+    expand(again)
+    monkeypatch.setenv("CIFAR10_PATH", str(moved))
+    assert config.load("cifar10").sources["cifar10"]["path"] == str(moved)
+
+
 def test_the_record_remembers_budgets_and_downstream_sets() -> None:
     config.remember(config.load("quickstart", ["budget=4096"]))
     config.remember(config.load("quickstart", ["budget=8192"]))

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import config, flops
+from ssl_diversity.sweep import config, plan
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import Plan, expand
 from ssl_diversity.sweep.store import Done
@@ -179,11 +179,11 @@ def test_a_budget_in_flops_waits_until_they_are_counted(
     base = ["sources=[digits]", "methods=[simclr]", "unique_samples=64", "budget=1e9flop"]
     sweep = config.load("quickstart", base)
     assert "FLOPs of simclr are not counted" in " ".join(prepared(sweep).waiting)
-    monkeypatch.setattr(flops, "known", lambda *_: 1_000_000)
+    monkeypatch.setattr(plan, "known_flops", lambda *_: 1_000_000)
     (cell,) = expand(sweep).cells
     assert cell.budget == 1000
     assert cell.budget_asked == "1e9flop"
-    monkeypatch.setattr(flops, "known", lambda *_: 10**12)
+    monkeypatch.setattr(plan, "known_flops", lambda *_: 10**12)
     with pytest.raises(UserError, match="pays for no sample"):
         expand(sweep)
 
