@@ -48,7 +48,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a mapping of keys to values")

@@ -13,6 +13,8 @@ from typing import Any
 
 from ssl_diversity.errors import UserError
 
+_UMASK = os.umask(0)  # read once: asking for it means setting it, which threads would do to each other
+os.umask(_UMASK)
 REPOSITORY = Path(__file__).resolve().parent.parent  # holds configs/, datasets/ and launch/
 
 
@@ -45,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())
+    temporary.chmod(0o666 & ~_UMASK)
     try:
         yield temporary
         _fsync(temporary)
@@ -53,9 +55,18 @@ def replacing(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_disk_full(error) and not isinstance(error, UserError):
             raise disk_full(path) from error
         raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a full disk or a used-up quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def disk_full(path: Path) -> UserError:
@@ -85,12 +96,6 @@ def digest(value: Any) -> str:
     """128-bit hex digest of any JSON value (canonical form: sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fsync(path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssl_diversity import budget
 from ssl_diversity.config import Config
+from ssl_diversity.errors import UserError
 from ssl_diversity.methods.recipe import Recipe
 from ssl_diversity.runtime import Runtime
 
@@ -67,6 +68,8 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     runtime.set_threads()
     pool = Pool.open(spec.pool)
     rows = Rows(spec.rows_start, spec.unique_samples, pool.size)
+    if pool.rows_digest(rows) != spec.rows_digest:
+        raise UserError(f"pool {pool.path} has changed since this cell was planned; run the sweep again")
     samples = budget.used(spec.budget, spec.batch_size)
     module = methods.build(
         spec.method,

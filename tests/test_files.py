@@ -28,6 +28,13 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "a.txt").exists()
 
 
+def test_a_full_disk_is_seen_through_other_errors() -> None:
+    error = RuntimeError("writing failed")
+    error.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert files.is_disk_full(error)
+    assert not files.is_disk_full(RuntimeError("else"))
+
+
 def test_digest_depends_on_values_not_on_order() -> None:
     assert files.digest({"a": 1, "b": [1, 2]}) == files.digest({"b": [1, 2], "a": 1})
     assert files.digest({"a": 1}) != files.digest({"a": 2})

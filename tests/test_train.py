@@ -10,7 +10,7 @@ import torch
 from ssl_diversity.data import reading, recipes
 from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import prepare
-from ssl_diversity.errors import Interrupted
+from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.features import load_weights
 from ssl_diversity.methods.recipe import load_recipe
 from ssl_diversity.methods.simclr import SimCLR
@@ -96,6 +96,11 @@ def test_a_collapsed_cell_is_flagged(pool: Pool, tmp_path: Path, monkeypatch: py
         patch.setattr(SimCLR, "criterion", lambda self, a, b: -torch.cosine_similarity(a, b).mean())
         assert run(spec, tmp_path / "collapsed")["collapsed"]
     assert not run(spec, tmp_path / "healthy")["collapsed"]
+
+
+def test_a_pool_that_changed_is_not_trained_on(pool: Pool, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has changed since this cell was planned"):
+        run(cell(pool, "simclr").model_copy(update={"rows_digest": "another"}), tmp_path / "cell")
 
 
 def test_where_the_pool_lies_is_not_the_cell(pool: Pool) -> None:

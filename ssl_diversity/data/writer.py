@@ -1,7 +1,6 @@
 """Writing a pool: WebDataset tar shards, index columns, pool.json last, all in a folder renamed at the end."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -130,11 +129,11 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def reporting_full_disk(path: Path) -> Iterator[None]:
-    """ENOSPC as the one-line UserError that names `path`."""
+    """A full disk or quota as the one-line UserError that names `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if files.is_disk_full(error):
             raise files.disk_full(path) from error
         raise
 

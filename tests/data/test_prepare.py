@@ -356,28 +356,23 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> None:
-    """Killed again and again until it happens to finish: the pool of an undisturbed run, and no worker left."""
+    """Killed four times on the way: the pool of an undisturbed run, and every finished part reused."""
     expected = prepare(recipes.resolve("digits", {"name": "undisturbed"}))
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(files.REPOSITORY)}
-    random = np.random.default_rng(processes)
     directory = recipes.resolve("digits").directory
-    kills = 0
-    while not directory.exists():
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(processes)], env=environment, start_new_session=True
-        )
-        try:
-            process.wait(1.0 + kills / 4 + random.random())
-        except subprocess.TimeoutExpired:
-            if kills % 2:
-                process.kill()  # the parent alone: its workers end by themselves
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills > 0
+    work = directory.with_name(f".{directory.name}.work")
+    for kill, parts in enumerate((2, 9, 17, 26)):
+        process = subprocess.Popen([sys.executable, str(script), str(processes)], start_new_session=True)
+        while len(list(work.glob("*.json"))) < parts and process.poll() is None:
+            time.sleep(0.002)
+        assert process.poll() is None, "it finished before it could be killed"
+        if kill % 2:
+            process.kill()  # the parent alone: its workers end by themselves
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not directory.exists()
     pool = prepare(recipes.resolve("digits"))
     assert pool.digest == expected.digest
     assert [s.blake2b for s in pool.info.shards] == [s.blake2b for s in expected.info.shards]

@@ -1,6 +1,9 @@
 """A user's mistake is one line and exit status 2, never a stack trace."""
 
+import json
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,16 +73,46 @@ def test_a_damaged_pool_is_named(home: Path) -> None:
     assert shard.name in done.stdout + done.stderr
 
 
-def test_disk_full_leaves_nothing_that_counts_as_done(home: Path) -> None:
-    small = home / "small-disk"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)], capture_output=True, check=False
-    )
-    assert mounted.returncode == 0, "this drill mounts a small tmpfs and needs root"
-    try:
-        done = run(small, "data", "prepare", "photo_patches", "size=16", status=2)
-        assert "disk full" in done.stderr
-        assert not list(small.glob("pools/*/pool.json"))
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
+@pytest.fixture
+def small_disk(home: Path) -> Iterator[Path]:
+    """A file system of 20 MB: a tmpfs, for root; else the test cannot be had and says so."""
+    folder = home / "small-disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, leave_bytes: int) -> None:
+    (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - leave_bytes))
+
+
+def test_disk_full_leaves_nothing_that_counts_as_done(small_disk: Path) -> None:
+    fill(small_disk, 600_000)
+    done = run(small_disk, "data", "prepare", "photo_patches", "size=16", status=2)
+    assert "disk full" in done.stderr
+    assert not list(small_disk.glob("pools/*/pool.json"))
+    (small_disk / "ballast").unlink()
+    run(small_disk, "data", "prepare", "photo_patches", "size=8")
+
+
+def test_a_sweep_on_a_full_disk_goes_on_once_there_is_room(small_disk: Path) -> None:
+    sweep = [
+        "sweep",
+        "quickstart",
+        "sources=[digits]",
+        "methods=[simclr]",
+        "unique_samples=[64]",
+        "budget=256",
+    ]
+    run(small_disk, "data", "prepare", "digits", "size=16")
+    fill(small_disk, 300_000)
+    done = run(small_disk, *sweep, status=2)
+    assert "disk full" in done.stdout + done.stderr
+    for path in small_disk.glob("store/*/*/*/result.json"):
+        json.loads(path.read_text())  # whole, whatever made it in time
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    run(small_disk, *sweep)
