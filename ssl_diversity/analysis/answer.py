@@ -93,18 +93,22 @@ def answer(effects: Sequence[Effect]) -> str:
 
 
 def nearness(
-    distances: Mapping[str, float], generated: Collection[str], downstream: str
+    distances: Mapping[str, float], generated: Collection[str], downstream: str, noise: float = math.nan
 ) -> list[tuple[bool, str]]:
-    """(holds, sentence): is each generated source nearer to the downstream set than the shifted real sources?
+    """(holds, sentence): is each generated source nearer to the downstream set than the shifted real sources are?
 
-    `distances`: one distance per source, at a common n. Shifted: every real source but the nearest.
+    `distances`: one distance per source, at a common n; `noise`: that of noise, where it is known. Shifted: every
+    real source but the nearest.
     """
     real = sorted((s for s in distances if s not in generated), key=lambda s: distances[s])
     out = []
+    others = {shifted: distances[shifted] for shifted in real[1:]}
+    if math.isfinite(noise):
+        others["noise"] = noise
     for source in sorted(set(generated) & set(distances)):
-        for shifted in real[1:]:
-            holds = distances[source] < distances[shifted]
-            numbers = f"{distances[source]:.3g} against {distances[shifted]:.3g}"
+        for shifted, far in others.items():
+            holds = distances[source] < far
+            numbers = f"{distances[source]:.3g} against {far:.3g}"
             relation = "is nearer to" if holds else "is NOT nearer to"
             out.append((holds, f"{source} {relation} {downstream} than {shifted} is ({numbers})."))
     return out

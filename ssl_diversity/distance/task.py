@@ -1,12 +1,13 @@
 """The distance task: a source's images against a downstream set's, at one common n."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.distance.cache import cached
@@ -26,7 +27,8 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
 
     A floor is the same distance between two disjoint draws of the reference's own images (a pool is in
     random order, so two stretches of it are draws), of `floor_n` images each: n where the reference has
-    2n, else half of what it has, as `floor_note` then says. `shared_images` of the pool's n rows have an
+    2n, else half of what it has, as `floor_note` then says. `frechet_noise` is the other end of the scale: the
+    distance of n images of uniform noise from the reference. `shared_images` of the pool's n rows have an
     exact copy among the reference's, which can take a distance below its floor.
     Raises UserError where n is more than a side has, or the files are not those that were planned.
     """
@@ -42,7 +44,7 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     )
     n, floor_n = spec.n, min(spec.n, reference.size // 2)
     cuts = sorted({0, floor_n, n, 2 * floor_n})
-    report = _progress(runtime, total=n + cuts[-1])
+    report = _progress(runtime, total=2 * n + cuts[-1])
     rows = Rows(spec.rows_start, n, pool.size)
     mine = statistics(pool, rows, extractor, bins=spec.bins, report=report)
     parts = {
@@ -60,6 +62,9 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "frechet": frechet(mine, theirs),
         "visual_dna": visual_dna(mine.counts, theirs.counts),
         "frechet_floor": None,
+        "frechet_noise": frechet(
+            noise_statistics(n, reference.image_size, extractor, bins=spec.bins, report=report), theirs
+        ),
         "visual_dna_floor": None,
         "floor_n": floor_n,
         "floor_note": None,
@@ -84,16 +89,44 @@ def statistics(
     `report(images)` is called after each batch, or once where nothing had to be computed; it may raise
     Interrupted.
     """
+    identity = {"rows": pool.rows_digest(rows), "image_size": pool.image_size}
+    return _statistics(
+        lambda i: pool.images(rows[i]), rows.count, identity, extractor, bins=bins, report=report
+    )
+
+
+def noise_statistics(
+    n: int, size: int, extractor: Extractor, *, bins: int, report: Callable[[int], None] = lambda _: None
+) -> Statistics:
+    """Statistics of n images of uniform noise, always the same ones, of `size` pixels."""
+
+    def images(index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        draws = [
+            np.random.default_rng(int(i)).integers(0, 256, (size, size, 3), dtype=np.uint8) for i in index
+        ]
+        return np.stack(draws)
+
+    return _statistics(images, n, {"noise": n, "image_size": size}, extractor, bins=bins, report=report)
+
+
+def _statistics(
+    images: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
+    count: int,
+    identity: Mapping[str, Any],
+    extractor: Extractor,
+    *,
+    bins: int,
+    report: Callable[[int], None],
+) -> Statistics:
     embedded = 0
 
     def compute() -> dict[str, Any]:
         nonlocal embedded
         ranges = extractor.ranges()
         parts = []
-        for start in range(0, rows.count, extractor.batch_size):
-            index = np.arange(start, min(start + extractor.batch_size, rows.count))
-            images = torch.from_numpy(pool.images(rows[index])).permute(0, 3, 1, 2)
-            features, layers = extractor(images)
+        for start in range(0, count, extractor.batch_size):
+            index = np.arange(start, min(start + extractor.batch_size, count))
+            features, layers = extractor(torch.from_numpy(images(index)).permute(0, 3, 1, 2))
             if not features.isfinite().all():
                 raise UserError(
                     f"extractor={extractor.name}: features are not finite; its weights are broken"
@@ -103,18 +136,10 @@ def statistics(
             report(len(index))
         return merge(parts).arrays()
 
-    key = digest(
-        {
-            "rows": pool.rows_digest(rows),
-            "image_size": pool.image_size,
-            "extractor": extractor.identity,
-            "bins": bins,
-            "numerics": NUMERICS,
-        }
-    )
+    key = digest({**identity, "extractor": extractor.identity, "bins": bins, "numerics": NUMERICS})
     found = Statistics(**cached("statistics", key, compute))
     if not embedded:
-        report(rows.count)
+        report(count)
     return found
 
 

@@ -26,6 +26,7 @@ NEAR = (
     "extractor",
     "frechet",
     "frechet_floor",
+    "frechet_noise",
     "visual_dna",
     "visual_dna_floor",
     "floor_n",

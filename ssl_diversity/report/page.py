@@ -162,7 +162,8 @@ def _distance(rows: pd.DataFrame, gains: pd.DataFrame, sources: list[str], path:
 def _nearness(rows: pd.DataFrame, downstream: str) -> list[tuple[bool, str]]:
     cells = rows[(rows["source"] != "") & rows["frechet"].notna()]
     generated = set(cells.loc[cells["source_kind"] == "generated", "source"])
-    return answer.nearness(cells.groupby("source")["frechet"].mean().to_dict(), generated, downstream)
+    distances = cells.groupby("source")["frechet"].mean().to_dict()
+    return answer.nearness(distances, generated, downstream, noise=float(cells["frechet_noise"].mean()))
 
 
 def _without_collapsed(rows: pd.DataFrame) -> str:

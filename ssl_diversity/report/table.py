@@ -44,6 +44,7 @@ COLUMNS = {
     "distance_n": _INTEGER,
     "frechet": _REAL,
     "frechet_floor": _REAL,
+    "frechet_noise": _REAL,
     "visual_dna": _REAL,
     "visual_dna_floor": _REAL,
     "floor_n": _INTEGER,

@@ -241,6 +241,8 @@ def test_nearness_says_so_where_a_generated_source_is_not_nearer() -> None:
         for _, s in answer.nearness(distances, {"generated"}, "d")
     )
     assert answer.nearness({"digits": 0.1, "patches": 9.0}, set(), "d") == []
+    (noise,) = answer.nearness({"digits": 0.1, "generated": 3.0}, {"generated"}, "d", noise=2.0)
+    assert noise == (False, "generated is NOT nearer to d than noise is (3 against 2).")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_digits_are_nearer_to_digits_than_photographs_and_those_than_noise(
         assert own[measure] == pytest.approx(own[f"{measure}_floor"])  # the very draw of the floor
         assert 2 * own[measure] < shifted[measure] < far[measure] / 2
         assert shifted[f"{measure}_floor"] == own[f"{measure}_floor"]
+    assert own["frechet_noise"] == shifted["frechet_noise"] == pytest.approx(far["frechet"], rel=0.2)
     assert own["extractor"] == "random-resnet@16px"
 
 
@@ -130,7 +131,7 @@ def test_statistics_are_embedded_once_and_again_when_evicted(
 ) -> None:
     first = run(spec(photos, digits))
     files = list((home / "store" / "statistics").rglob("*.npz"))
-    assert len(files) == 3  # the pool's rows, the reference's first n and its next n
+    assert len(files) == 4  # the pool's rows, the reference's first n and its next n, noise
 
     def no_images(self: Pool, rows: object) -> None:
         raise AssertionError("read again")
@@ -151,7 +152,7 @@ def test_it_stops_between_batches_and_keeps_what_is_whole(digits: Pool, photos: 
         run(spec(photos, digits), stopping)
     assert len(list((home / "store" / "statistics").rglob("*.npz"))) == 1
     run(spec(photos, digits), runtime)
-    assert seen == [(100, 300), (200, 300), (100, 300), (200, 300), (300, 300)]
+    assert seen == [(100, 400), (200, 400), (100, 400), (200, 400), (300, 400), (400, 400)]
 
 
 @pytest.mark.parametrize(
