@@ -1,7 +1,6 @@
 """The command `ssl-diversity`: reads what is asked, calls the room that does it, prints what it says."""
 
 import contextlib
-import errno
 import importlib
 import json
 import sys
@@ -16,7 +15,7 @@ from rich.live import Live
 
 from ssl_diversity import cli_data, files
 from ssl_diversity.cli_data import mapping, out, progress_bar
-from ssl_diversity.config import parse_overrides
+from ssl_diversity.config import parse_overrides, validate
 from ssl_diversity.errors import UserError
 from ssl_diversity.runtime import Runtime
 
@@ -53,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if files.is_disk_full(error):
+            return _refuse(files.disk_full(Path(error.filename or files.home() / "store")))
+        if error.filename is None:
             raise
-        return _refuse(files.disk_full(Path(error.filename or files.home() / "store")))
+        return _refuse(UserError(f"{error.filename}: {error.strerror}"))
     return 0
 
 
@@ -106,16 +107,13 @@ def sweep(
 
     ssl-diversity sweep cifar10 sources.cifar10.path=~/cifar10.tar methods=[simclr,mae] unique_samples=[1000,10000]
     """
-    from ssl_diversity.sweep import config, flops, launch, store
+    from ssl_diversity.sweep import config, launch
     from ssl_diversity.sweep.profile import load_profile
 
     if dry_run:
         return plan(sweep, overrides, profile)
     where = load_profile(profile)
     asked = config.load(*_named(sweep, overrides))
-    store.open_store()
-    if any("flop" in str(value).lower() for value in asked.budget):
-        flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr))
     raise typer.Exit(launch.run(asked, where, detach=detach, console=out))
 
 
@@ -130,14 +128,15 @@ def status(
 
     ssl-diversity status quickstart --watch
     """
-    from ssl_diversity.sweep import config, launch
+    from ssl_diversity.sweep import config, launch, store
     from ssl_diversity.sweep import status as reader
     from ssl_diversity.sweep.plan import expand
     from ssl_diversity.sweep.profile import load_profile
 
     where = load_profile(profile)
     threads, device = where.layout()[1], launch.device_of(where)
-    asked = config.recorded(sweep) or config.load(sweep)
+    store.open_store()
+    asked = config.latest(sweep)
     current = expand(asked)
     now = reader.snapshot(current)
     if as_json:
@@ -178,10 +177,11 @@ def probe(
     from ssl_diversity.sweep.profile import load_profile
 
     where = load_profile(profile)
-    record = config.recorded(sweep)
+    record = config.recorded(config.load(sweep).name)
     if record is None:
         raise UserError(f"sweep {sweep!r} was never run here; run `ssl-diversity sweep {sweep}` first")
-    asked = config.add_downstream(record, downstream, parse_overrides(overrides or []))
+    known = record.model_copy(update={"downstream": record.kept_downstream() or record.downstream})
+    asked = config.add_downstream(known, downstream, parse_overrides(overrides or []))
     raise typer.Exit(launch.run(asked, where, skip=launch.TRAINING, console=out))
 
 
@@ -195,7 +195,7 @@ def report(sweep: SweepName = "quickstart") -> None:
     from ssl_diversity.sweep import config, store
 
     store.open_store()
-    out.print(f"{write_report(config.recorded(sweep) or config.load(sweep))}")
+    out.print(f"{write_report(config.latest(sweep))}")
 
 
 def _named(sweep: str, overrides: list[str] | None) -> tuple[str, list[str]]:
@@ -291,19 +291,24 @@ def distance(
     from ssl_diversity.distance.config import DistanceSpec, extractor_digest
     from ssl_diversity.sweep.work import device as device_of
 
+    if n < 2:
+        raise UserError(f"n={n}: a distance is one of distributions; give at least 2 images of each set")
     a, b = (_pool(text, size) for text in (first, second))
     n = min(n, a.size, b.size)
     rows = a.rows(n)
-    spec = DistanceSpec(
-        pool=str(a.path),
-        rows_start=rows.start,
-        rows_count=n,
-        rows_digest=a.rows_digest(rows),
-        reference_pool=str(b.path),
-        reference_digest=b.digest,
-        n=n,
-        extractor=extractor,
-        extractor_digest=extractor_digest(extractor),
+    values = {
+        "pool": str(a.path),
+        "rows_start": rows.start,
+        "rows_count": n,
+        "rows_digest": a.rows_digest(rows),
+        "reference_pool": str(b.path),
+        "reference_digest": b.digest,
+        "n": n,
+        "extractor": extractor,
+        "extractor_digest": extractor_digest(extractor),
+    }
+    spec = validate(
+        DistanceSpec, values, f"distance of {a.name} ({a.size:,} images) and {b.name} ({b.size:,})"
     )
     function = importlib.import_module("ssl_diversity.distance.task").distance
     with tempfile.TemporaryDirectory() as folder, progress_bar(f"{a.name} to {b.name}") as tell:

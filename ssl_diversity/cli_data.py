@@ -166,6 +166,7 @@ def store_ls(kind: Annotated[str | None, typer.Argument(help="For example pretra
     """
     from ssl_diversity.sweep import store as results
 
+    results.open_store()
     for name, key, state, label in results.listing(kind):
         out.print(f"{name} {key} {state} {label}")
 
@@ -178,6 +179,7 @@ def store_du() -> None:
     """
     from ssl_diversity.sweep import store as results
 
+    results.open_store()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("part", "files", "MiB"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -192,7 +194,9 @@ def store_gc(
         float, typer.Option(help="Leave files touched in the last hours: they may be in use.")
     ] = 1.0,
 ) -> None:
-    """Remove caches (features, statistics) and what kills left behind. Results stay.
+    """Remove caches (features, statistics), temporary files, and what only the running of finished tasks needed.
+
+    Results stay, and checkpoints of cells that are not done. While workers run, caches and what they work on stay, too.
 
     ssl-diversity store gc
     """

@@ -52,6 +52,8 @@ def test_everything_has_help_with_an_example(
         (["data", "prepare", "generated-digits"], "ssl-diversity generate generated-digits"),
         (["generate", "digits"], "ssl-diversity data prepare digits"),
         (["store", "ls", "nonsense"], "unknown kind"),
+        (["distance", "photo_patches", "digits", "--n", "1"], "at least 2"),
+        (["plan", "quickstart", "sources.digits=3"], "set digits=3"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -76,7 +78,22 @@ def test_a_store_of_newer_code_is_refused(home: Path, capsys: pytest.CaptureFixt
     assert main(["plan"]) == 2
     assert main(["sweep"]) == 2
     assert main(["store", "check"]) == 2
-    assert capsys.readouterr().err.count("newer than this code") == 3
+    for arguments in (["status"], ["store", "ls"], ["store", "du"]):
+        assert main(arguments) == 2
+    assert capsys.readouterr().err.count("newer than this code") == 6
+
+
+def test_a_home_that_is_no_folder_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SSL_DIVERSITY_HOME", str(tmp_path / "file"))
+    for arguments in (["sweep"], ["status"], ["data", "prepare", "digits", "--processes", "1"]):
+        assert main(arguments) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ")
+        assert str(tmp_path / "file") in text
+        assert text.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

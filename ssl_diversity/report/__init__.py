@@ -1,5 +1,6 @@
 """The report of a sweep: results table, figures, page, Weights & Biases. Imports no torch."""
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -44,8 +45,9 @@ def write(collected: "Collected", folder: Path) -> Path:
     write_table(table, folder)
     write_atomic(page, render(collected, table, folder))
     for path in (folder / "figures").glob("*.*"):
-        if path.stat().st_mtime < began - 1:  # of an earlier report
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process may tidy up, too
+            if path.stat().st_mtime < began - 1:  # of an earlier report
+                path.unlink(missing_ok=True)
     write_atomic(stamp, state)
     return page
 

@@ -15,10 +15,11 @@ from ssl_diversity.data.pool import Pool, Rows, leaked, overlap
 from ssl_diversity.errors import UserError
 from ssl_diversity.files import read_json, task_dir
 from ssl_diversity.report.records import Collected, FailedTask
-from ssl_diversity.report.words import date, duration, scientific
+from ssl_diversity.report.words import date, scientific
 from ssl_diversity.sweep import store
-from ssl_diversity.sweep.config import SweepConfig, load
+from ssl_diversity.sweep.config import SETS, SweepConfig, load
 from ssl_diversity.sweep.plan import Baseline, Cell, Plan, expand
+from ssl_diversity.sweep.status import duration
 from ssl_diversity.sweep.task import Task
 
 MEASURED = ("effective_rank", "collapsed", "flops", "train_seconds", "peak_memory_bytes")
@@ -201,15 +202,19 @@ def command(sweep: SweepConfig) -> str:
         base = {}
     values = sweep.model_dump(mode="json")
     changed = [
-        f"{key}={_flow(value, base[key])}" for key, value in values.items() if value != base.get(key, value)
+        f"{key}={_flow(key, value, base[key])}"
+        for key, value in values.items()
+        if value != base.get(key, value)
     ]
     return shlex.join(["ssl-diversity", "sweep", sweep.name, *changed])
 
 
-def _flow(value: Any, base: Any) -> str:
+def _flow(key: str, value: Any, base: Any) -> str:
     """A value as an override says it; of the base's own sets, the names are enough."""
-    if isinstance(value, dict) and value.items() <= base.items():
+    if key in SETS and value.items() <= base.items():
         value = list(value)
+    if key == "backbone" and list(value) == ["default"]:
+        value = value["default"]
     if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
         return f"[{','.join(map(str, value))}]"
     return value if isinstance(value, str) else json.dumps(value)

@@ -15,6 +15,7 @@ from ssl_diversity.analysis import answer, effect
 from ssl_diversity.report import figures, tables, words
 from ssl_diversity.report.records import Collected
 from ssl_diversity.report.tables import BASELINES, Table
+from ssl_diversity.sweep.status import duration
 
 EFFECT_CAPTION = (
     "Change in accuracy from the fewest to the most unique images at the same budget: mean over methods with its "
@@ -186,7 +187,7 @@ def _facts(cells: pd.DataFrame, budgets: Sequence[str]) -> list[tuple[str, str]]
         ("budget C (images seen)", ", ".join(words.amount(b) for b in reversed(budgets))),
         ("unique images N", ", ".join(words.short(n) for n in unique)),
         ("training FLOPs", words.scientific(flops) if flops else "–"),
-        ("training time", words.duration(float(cells["train_seconds"].sum()))),
+        ("training time", duration(float(cells["train_seconds"].sum()))),
     ]
 
 

@@ -22,14 +22,6 @@ def short(n: float) -> str:
     return f"{n:,.0f}"
 
 
-def duration(seconds: float) -> str:
-    """`7 min 5 s` of a number of seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    shown = [f"{n:,} {unit}" for n, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if n]
-    return " ".join(shown[:2]) or "0 s"
-
-
 def date(seconds: float) -> str:
     """`2026-11-24 07:10 UTC` of seconds since 1970."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))

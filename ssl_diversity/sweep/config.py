@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, model_validator
 
 from ssl_diversity import budget, config
 from ssl_diversity.backbones import BACKBONES
 from ssl_diversity.config import Config
 from ssl_diversity.data import recipes
+from ssl_diversity.data.config import PrepareSpec
+from ssl_diversity.data.pool import Pool, find
+from ssl_diversity.data.sources import SOURCES
 from ssl_diversity.errors import UserError
-from ssl_diversity.files import REPOSITORY, runs_dir, write_atomic
+from ssl_diversity.evaluation.config import parse_probe
+from ssl_diversity.files import REPOSITORY, pools_dir, runs_dir
 from ssl_diversity.generation import config as generation
 from ssl_diversity.methods.recipe import METHODS, check_backbone
 
@@ -29,6 +32,11 @@ def _listed(value: Any) -> Any:
 def _seeds(value: Any) -> Any:
     """`5` seeds are 0 to 4."""
     return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _numbers(value: Any) -> Any:
+    """Whole numbers as such: YAML reads `5e5` as 500000.0."""
+    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in _listed(value)]
 
 
 def _defaulted(value: Any) -> Any:
@@ -65,10 +73,10 @@ class SweepConfig(Config):
     backbone: Annotated[dict[str, str], BeforeValidator(_defaulted)]
     recipe: str = "auto"
     hyperparameters: dict[str, dict[str, Any]] = Field({})
-    unique_samples: Annotated[tuple[Number, ...], BeforeValidator(_listed), Field(min_length=1)]
-    budget: Annotated[tuple[Number, ...], BeforeValidator(_listed), Field(min_length=1)]
+    unique_samples: Annotated[tuple[Number, ...], BeforeValidator(_numbers), Field(min_length=1)]
+    budget: Annotated[tuple[Number, ...], BeforeValidator(_numbers), Field(min_length=1)]
     batch_size: Positive
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds), Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds), Field(min_length=1)]
     replicates: Literal["per-seed", "shared"] = "per-seed"
     encoding: Encoding = Encoding()
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
@@ -92,7 +100,9 @@ class SweepConfig(Config):
             check_backbone(method, backbone)
         for value in self.budget:
             budget.parse_budget(value)
-        for field in ("methods", "seeds", "budget", "unique_samples"):
+        for name in self.probes:
+            parse_probe(name)
+        for field in ("methods", "seeds", "budget", "unique_samples", "probes"):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise UserError(f"{field}={list(values)}: the same value twice; leave one out")
@@ -110,6 +120,32 @@ class SweepConfig(Config):
     def folder(self) -> Path:
         return runs_dir() / self.name
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What all pools of the sweep have in common."""
+        return {"size": self.image_size, **self.encoding.model_dump()}
+
+    def downstream_specs(self, name: str) -> tuple[PrepareSpec, PrepareSpec]:
+        """(train, test) of a downstream set; UserError where its recipe or path is wrong."""
+        recipe, options = named_entry(self.downstream[name], name)
+        return recipes.downstream(recipe, options, defaults=self.defaults)
+
+    def prepared(self, name: str) -> bool:
+        """Whether both pools of a downstream set are there."""
+        try:
+            return all((spec.directory / "pool.json").exists() for spec in self.downstream_specs(name))
+        except UserError:
+            return False
+
+    def kept_downstream(self) -> Sets:
+        """The downstream sets that are known to work: those that were prepared."""
+        return {name: entry for name, entry in self.downstream.items() if self.prepared(name)}
+
+
+def named_entry(entry: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """(recipe, options) of a set, its name among them."""
+    return str(entry["recipe"]), {"name": name, **{k: v for k, v in entry.items() if k != "recipe"}}
+
 
 def _hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -119,7 +155,7 @@ def _hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -> SweepConfig:
     """The sweep `text` (a name in configs/sweeps/, a YAML path, or a sweep run before) with `key=value` overrides.
 
-    Downstream sets that were added to an earlier run of the sweep are kept where `remembered`.
+    Downstream sets that an earlier run of the sweep added and prepared are kept where `remembered`.
     Raises UserError for anything that is not a sweep.
     """
     path = _find(text)
@@ -130,10 +166,11 @@ def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -
     except UserError as error:
         raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
     record = recorded(sweep.name) if remembered else None
-    old = (record.sources, record.downstream) if record else ({}, {})
+    old = (record.sources, record.kept_downstream()) if record else ({}, {})
+    before = record.downstream if record else {}
     sources = _with_paths(sweep.sources, same_recipe={}, before=old[0])
     by_recipe = {entry["recipe"]: entry for entry in sources.values()}
-    downstream = _with_paths({**old[1], **sweep.downstream}, same_recipe=by_recipe, before=old[1])
+    downstream = _with_paths({**old[1], **sweep.downstream}, same_recipe=by_recipe, before=before)
     return sweep.model_copy(update={"sources": sources, "downstream": downstream})
 
 
@@ -143,23 +180,18 @@ def recorded(name: str) -> SweepConfig | None:
     return config.validate(SweepConfig, config.read_yaml(path), str(path)) if path.exists() else None
 
 
-def remember(sweep: SweepConfig) -> SweepConfig:
-    """Add this run to the record of its sweep; returns the record, which the report shows."""
-    old = recorded(sweep.name)
-    if old is not None:
-        budgets = (*old.budget, *(b for b in sweep.budget if b not in old.budget))
-        downstream = {**old.downstream, **sweep.downstream}
-        sweep = sweep.model_copy(update={"budget": budgets, "downstream": downstream})
-    text = OmegaConf.to_yaml(OmegaConf.create(sweep.model_dump(mode="json")))
-    write_atomic(sweep.folder / "sweep.yaml", text)
-    return sweep
+def latest(text: str) -> SweepConfig:
+    """The record of the sweep that `text` names (as `load` reads it), or the sweep itself if it was never run."""
+    sweep = load(text)
+    return recorded(sweep.name) or sweep
 
 
 def add_downstream(sweep: SweepConfig, text: str, options: Mapping[str, Any]) -> SweepConfig:
     """`sweep` with one more downstream set, named by `options["name"]` or its path."""
     name, entry = next(iter(_normal_sets([text]).items()))
     name = str(options.get("name", name))
-    entry = {**entry, **{key: value for key, value in options.items() if key != "name"}}
+    options = {key: value for key, value in options.items() if key != "name"}
+    entry = _normal_sets({name: {**entry, **options}})[name]
     if sweep.downstream.get(name, entry) != entry:
         raise UserError(
             f"downstream set {name!r} is already {sweep.downstream[name]} in sweep {sweep.name!r}; "
@@ -186,7 +218,11 @@ def one_source(recipe: str, options: Mapping[str, Any], image_size: int) -> Swee
     (name, entry), *_ = _normal_sets([recipe]).items()
     point = {"unique_samples": (1,), "budget": (1,), "batch_size": 1}
     return base.model_copy(
-        update={"image_size": image_size, "sources": {name: {**entry, **options}}, **point}
+        update={
+            "image_size": image_size,
+            "sources": _normal_sets({name: {**entry, **options}}),
+            **point,
+        }
     )
 
 
@@ -246,10 +282,14 @@ def _normal_sets(value: Any) -> dict[str, dict[str, Any]]:
             raise UserError(f"{names}: two sets of the same name; write them as `name: {{recipe: ...}}`")
     out = {}
     for name, entry in entries.items():
+        if not isinstance(entry, str | Mapping | None):
+            raise UserError(
+                f"set {name}={entry}: expected a recipe, a path, or options such as {name}.seed=1"
+            )
         options = {"recipe": entry} if isinstance(entry, str) else dict(entry or {})
         options = {"recipe": name, **options}
         for key, text in options.items():  # a record must mean the same from any folder
-            if key == "path" or (key == "recipe" and "/" in str(text)):
+            if (key == "path" and text is not None) or (key == "recipe" and _is_path(str(text))):
                 options[key] = str(Path(str(text)).expanduser().resolve())
         out[name] = options
     return out
@@ -258,7 +298,25 @@ def _normal_sets(value: Any) -> dict[str, dict[str, Any]]:
 def set_name(text: str) -> str:
     """The name of a set given as a recipe or a path: `~/My Pets.tar` is `my-pets`."""
     stem = re.sub(r"\.(tar|ya?ml)$", "", text.rstrip("/").rpartition("/")[2])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") if "/" in text else stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") if _is_path(text) else stem
+
+
+def _is_path(text: str) -> bool:
+    """Whether a set is given as a path: what is no recipe, source kind or pool, and lies there."""
+    if "/" in text or text in recipes.names() or text in SOURCES:
+        return "/" in text
+    return Path(text).expanduser().exists() and given_pool(text) is None
+
+
+def given_pool(text: str) -> Pool | None:
+    """The pool of exactly this name or folder name."""
+    if not pools_dir().exists():
+        return None
+    try:
+        pool = find(text)
+    except UserError:
+        return None
+    return pool if text in (pool.name, pool.path.name) else None
 
 
 def _combine(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

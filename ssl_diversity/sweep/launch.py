@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +14,10 @@ from rich.live import Live
 
 from ssl_diversity import files
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import claims, status, store
-from ssl_diversity.sweep.config import SweepConfig, remember
+from ssl_diversity.sweep import claims, flops, status, store
+from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.profile import Profile, SlurmProfile, visible_gpus
+from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import REPORT, function
 from ssl_diversity.sweep.work import Current, Order, Worker, left
@@ -24,7 +26,8 @@ PLAIN_LINE_EVERY_S = 15.0  # where the output is not a terminal
 TRAINING = frozenset({"pretrain", "train-generator", "generate"})
 EVALUATION = frozenset({"probe", "distance"})
 SHOWN_FAILURES = 5
-KEPT_LOGS = 5  # runs whose logs are kept
+KEPT_LOGS = 5  # runs whose logs are kept, and those that may not have ended
+ENDLESS = 10**6  # how often SLURM may requeue a worker that reached its time limit
 
 
 def run(
@@ -44,8 +47,14 @@ def run(
     """
     console = console or Console(highlight=False, soft_wrap=True)
     store.open_store()
+    if any("flop" in str(value).lower() for value in sweep.budget):
+        flops.count_missing(sweep, lambda text: console.print(f"{sweep.name}: {text}"))
     current = Current(sweep, skip)
-    record = remember(sweep)  # only what can be planned at all
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow")
+
+    remember(sweep, tell=tell)  # only what can be planned at all
     since = time.time()
     workers, threads = profile.layout()
     submitter = None if detach or isinstance(profile, SlurmProfile) else claims.this_process()
@@ -70,7 +79,7 @@ def run(
             now = status.snapshot(current.plan, since=since, max_attempts=profile.max_attempts)
             console.print(f"{sweep.name}: stopped; {now.words}. Run the same command again to go on.")
             return 128 + stopped[0]
-    return _finish(record, current, order, console, with_report)
+    return _finish(remember(sweep, ended=True, tell=tell), current, order, console, with_report)
 
 
 class _Jobs:
@@ -88,9 +97,12 @@ class _Jobs:
             )
         logs = order.sweep.folder / "logs"
         for old in sorted(logs.glob("*"))[: -KEPT_LOGS + 1]:
-            shutil.rmtree(old, ignore_errors=True)
+            if _ended(old):
+                shutil.rmtree(old, ignore_errors=True)
         folder = logs / time.strftime("%Y%m%d-%H%M%S")
-        self.executor = submitit.AutoExecutor(folder=folder, cluster=profile.executor)
+        self.executor = submitit.AutoExecutor(
+            folder=folder, cluster=profile.executor, slurm_max_num_timeout=ENDLESS
+        )
         self.executor.update_parameters(**profile.parameters(name))
 
     def submit(self, count: int) -> None:
@@ -114,6 +126,12 @@ class _Jobs:
             else:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(job.job_id), signal.SIGTERM)
+
+
+def _ended(logs: Path) -> bool:
+    """Whether every job of a run has its result: one that waits in a queue still needs its folder."""
+    jobs = [path.name.removesuffix("_submitted.pkl") for path in logs.glob("*_submitted.pkl")]
+    return all(any(logs.glob(f"{job}_*_result.pkl")) for job in jobs)
 
 
 @contextlib.contextmanager
@@ -208,7 +226,7 @@ def _disk_is_full() -> bool:
         files.write_atomic(probe, bytes(1 << 20))
     except UserError:
         return True
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # of another launcher, perhaps
     return False
 
 

@@ -93,6 +93,7 @@ def expand(sweep: SweepConfig) -> Plan:
     Raises UserError for what can never work: N above the pool, above C, not allowed by the batch size,
     a path that is not there, pools of different encodings.
     """
+    extractor_digest(sweep.distance.extractor)  # refuses one that is not there
     sources = tuple(sets.source(sweep, name) for name in sweep.sources)
     downstream = tuple(sets.downstream(sweep, name) for name in sweep.downstream)
     sets.check_encoding(sweep, (*sources, *downstream))
@@ -237,7 +238,8 @@ def _with_tasks(
         rows_start=rows.start,
         rows_digest=_rows_digest(pool, rows),
         unique_samples=cell.unique_samples,
-        budget=cell.budget,
+        # C_used, which is what determines the result; an N above it must still be within the budget
+        budget=max(budget.used(cell.budget, cell.batch_size), cell.unique_samples),
         batch_size=cell.batch_size,
         seed=cell.seed,
         replicate=cell.replicate,

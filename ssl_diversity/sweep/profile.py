@@ -83,7 +83,7 @@ class SlurmProfile(Profile):
             "name": sweep_name,
             "timeout_min": self.time_min,
             "cpus_per_task": self.cpus,
-            "gpus_per_node": self.gpus or None,
+            "gpus_per_node": None if self.gres else self.gpus or None,
             "mem_gb": self.mem_gb,
             "slurm_partition": self.partition,
             "slurm_account": self.account,
@@ -118,7 +118,7 @@ def load_profile(name: str) -> Profile:
         )
     values = config.read_yaml(path)
     executor = values.get("executor")
-    if executor not in EXECUTORS:
+    if not isinstance(executor, str) or executor not in EXECUTORS:
         raise UserError(f"{path}: executor={executor}: expected one of {', '.join(EXECUTORS)}")
     return config.validate(EXECUTORS[executor], values, str(path))
 

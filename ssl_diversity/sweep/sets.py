@@ -7,10 +7,10 @@ from typing import Any
 
 from ssl_diversity.data import recipes
 from ssl_diversity.data.config import PrepareSpec
-from ssl_diversity.data.pool import Pool, find
+from ssl_diversity.data.pool import Pool
 from ssl_diversity.errors import UserError
 from ssl_diversity.generation import config as generation
-from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.config import SweepConfig, given_pool, named_entry
 from ssl_diversity.sweep.task import Task
 
 
@@ -49,14 +49,14 @@ class Downstream:
 
 def source(sweep: SweepConfig, name: str) -> Source:
     """The source `name`: a recipe to prepare or generate, or a pool that lies there already."""
-    recipe, options = _entry(sweep.sources[name], name)
+    recipe, options = named_entry(sweep.sources[name], name)
     try:
         loaded = recipes.load(recipe)
         if loaded["source"] == generation.SOURCE:
             return _generated(sweep, name, generation.from_recipe(loaded, options))
-        spec = recipes.resolve(recipe, options, defaults=_defaults(sweep))
+        spec = recipes.resolve(recipe, options, defaults=sweep.defaults)
     except UserError as error:
-        pool = _given(recipe)
+        pool = given_pool(recipe)
         if pool is None:
             raise UserError(f"sources.{name}: {error}") from None
         return Source(name, (), pool, pool.info.encoding)
@@ -66,7 +66,7 @@ def source(sweep: SweepConfig, name: str) -> Source:
 
 def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) -> Source:
     """Prepare the generator's own pool, train it, sample from it; each is known once the one before is done."""
-    defaults, trained = _defaults(sweep), None
+    defaults, trained = sweep.defaults, None
     tasks: tuple[Task, ...] = ()
     if recipe.trains:
         assert recipe.base is not None
@@ -87,9 +87,8 @@ def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe
 
 def downstream(sweep: SweepConfig, name: str) -> Downstream:
     """The labelled downstream set `name`: a recipe, or the path of a folder or tar."""
-    recipe, options = _entry(sweep.downstream[name], name)
     try:
-        specs = recipes.downstream(recipe, options, defaults=_defaults(sweep))
+        specs = sweep.downstream_specs(name)
     except UserError as error:
         raise UserError(f"downstream.{name}: {error}") from None
     train, test = (_prepare(spec) for spec in specs)
@@ -120,26 +119,6 @@ def _encoding(spec: Any) -> dict[str, Any]:
     """As `PoolInfo.encoding`, of a pool still to be made."""
     quality = spec.quality if spec.codec == "jpeg" else None
     return {"size": spec.size, "filter": spec.filter, "codec": spec.codec, "quality": quality}
-
-
-def _given(text: str) -> Pool | None:
-    """The pool of exactly this name or folder name."""
-    try:
-        pool = find(text)
-    except UserError:
-        return None
-    return pool if text in (pool.name, pool.path.name) else None
-
-
-def _entry(entry: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
-    return str(entry["recipe"]), {
-        "name": name,
-        **{key: value for key, value in entry.items() if key != "recipe"},
-    }
-
-
-def _defaults(sweep: SweepConfig) -> dict[str, Any]:
-    return {"size": sweep.image_size, **sweep.encoding.model_dump()}
 
 
 def _prepare(spec: PrepareSpec) -> Task:

@@ -12,9 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ssl_diversity import files
 from ssl_diversity.sweep import estimate, store
-from ssl_diversity.sweep.claims import Process
 from ssl_diversity.sweep.plan import Plan
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import Task
@@ -66,10 +64,14 @@ class Snapshot:
 
 
 def snapshot(plan: Plan, *, since: float = 0.0, max_attempts: int = 1) -> Snapshot:
-    """Look at the store. With the default `since`, every task that failed and was not done later counts as failed."""
+    """Look at the store. With the default `since`, every task that failed and was not done later counts as failed,
+    unless somebody is trying it again."""
     done = Done()
-    rest = left(plan, done, since=since, max_attempts=max_attempts)
-    running = _running({task.id for task in (*rest.ready, *rest.later)})
+    running = _running({task.id for task in plan.tasks if task not in done})
+    retried = frozenset() if since else frozenset((r.kind, r.key) for r in running)
+    rest = left(plan, done, since=since, max_attempts=max_attempts, retried=retried)
+    gone = {task.id for task in (*rest.failed, *rest.blocked)}
+    running = tuple(r for r in running if (r.kind, r.key) not in gone)
     now = {(r.kind, r.key): r for r in running}
     planned, finished = Counter(task.kind for task in plan.tasks), Counter[str]()
     samples = asked = 0
@@ -92,16 +94,11 @@ def snapshot(plan: Plan, *, since: float = 0.0, max_attempts: int = 1) -> Snapsh
 
 
 def _running(ids: set[tuple[str, str]]) -> tuple[Running, ...]:
-    """Live workers on these tasks; records that dead ones left behind are removed."""
+    """Live workers on these tasks."""
     found = []
-    for path in sorted((store.store_dir() / "workers").glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = files.read_json(path)
-            silent = time.time() - path.stat().st_mtime
-            alive = Process(**record.pop("process")).alive()
-            if alive is False or (alive is None and silent > 20 * record.pop("heartbeat_s")):
-                path.unlink(missing_ok=True)
-            elif (record["kind"], record["key"]) in ids:
+    for record in store.live_workers():
+        with contextlib.suppress(KeyError):
+            if (record["kind"], record["key"]) in ids:
                 found.append(Running(**{name: record[name] for name in Running.__annotations__}))
     return tuple(found)
 

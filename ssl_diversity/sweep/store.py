@@ -10,8 +10,10 @@ store/cache/                           measured rates and counts
 
 import contextlib
 import json
+import os
 import shutil
 import textwrap
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from ssl_diversity.errors import UserError
-from ssl_diversity.files import home, read_json, task_dir, write_atomic, write_json
-from ssl_diversity.sweep.claims import Claim, create_once
+from ssl_diversity.files import home, read_json, write_atomic, write_json
+from ssl_diversity.sweep.claims import Claim, Process, create_once, holder
 from ssl_diversity.sweep.task import NUMERICS, Task
 
 FORMAT = 1
 EVICTABLE_KINDS = ("embed", "statistics")  # caches that are computed again when they are missing
 SUMMARY_CHARACTERS = 400
-DISPOSABLE = ("last.ckpt",)  # what a task keeps while it runs and nobody needs afterwards
+SILENT_BEATS = 20  # heartbeats missed, after which a worker of another machine is taken for dead
+DISPOSABLE = ("last.ckpt", "blocks")  # what a task keeps while it runs and nobody needs afterwards
 
 
 def store_dir() -> Path:
@@ -122,14 +125,23 @@ def result(task: Task) -> dict[str, Any] | None:
 def describe(task: Task) -> None:
     """Write what the task is beside its result, for people and for later tools."""
     record = {"kind": task.kind, "numerics": NUMERICS[task.kind], "label": task.label}
+    if task.output is not None:
+        record["output"] = os.path.relpath(task.output, home())
     write_json(task.folder / "task.json", {**record, "spec": task.spec.model_dump(mode="json")})
 
 
 def publish(task: Task, claim: Claim, value: dict[str, Any]) -> bool:
-    """Make `value` the task's result, atomically and at most once; False if the claim was lost."""
+    """Make `value` the task's result, atomically and at most once; False if the claim was lost.
+
+    The result of a task with an output is replaced: the output was removed and has been made again.
+    """
     if not claim.held():
         return False
-    create_once(task.folder / "result.json", json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path, text = task.folder / "result.json", json.dumps(value, indent=1, sort_keys=True) + "\n"
+    if task.output is None:
+        create_once(path, text)
+    else:
+        write_atomic(path, text)
     settle(task)
     claim.release()
     return True
@@ -139,8 +151,29 @@ def settle(task: Task) -> None:
     """Index a task that has its result and drop what only its running needed."""
     Done().add(task.kind, task.key)
     Index("failed").discard(task.kind, task.key)
-    for name in DISPOSABLE:
-        (task.folder / name).unlink(missing_ok=True)
+    for path in _disposable(task.folder):
+        path.unlink(missing_ok=True)
+
+
+def _disposable(folder: Path) -> list[Path]:
+    """The files in a task's folder that only its running needs."""
+    paths = [folder / name for name in DISPOSABLE]
+    return [path for path in paths if path.is_file()] + [
+        inner for path in paths for inner in path.rglob("*") if inner.is_file()
+    ]
+
+
+def live_workers() -> Iterator[dict[str, Any]]:
+    """What each live worker is doing; records that dead ones left behind are removed."""
+    for path in sorted((store_dir() / "workers").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = read_json(path)
+            silent = time.time() - path.stat().st_mtime
+            alive = Process(**record.pop("process")).alive()
+            if alive is False or (alive is None and silent > SILENT_BEATS * record.pop("heartbeat_s")):
+                path.unlink(missing_ok=True)
+            else:
+                yield record
 
 
 @dataclass(frozen=True)
@@ -234,25 +267,45 @@ def usage() -> list[tuple[str, int, int]]:
 
 
 def collect_garbage(*, older_than_s: float, now: float) -> tuple[int, int]:
-    """Drop caches, and temporary files and checkpoints left by kills; returns (files, bytes) freed.
+    """Drop caches, temporary files left by kills, and what only the running of finished tasks needed.
 
-    Files touched within `older_than_s` may belong to a running task and stay.
+    Returns (files, bytes) freed. Files touched within `older_than_s` stay; so do the folders of tasks that a
+    worker holds, the caches while any worker lives, and the checkpoints of tasks that are not done.
     """
     doomed: list[Path] = []
-    for kind in EVICTABLE_KINDS:
-        doomed += [path for path in (store_dir() / kind).rglob("*") if path.is_file()]
+    if not any(True for _ in live_workers()):
+        for kind in EVICTABLE_KINDS:
+            doomed += [path for path in (store_dir() / kind).rglob("*") if path.is_file()]
     doomed += [path for path in store_dir().rglob(".*.tmp") if path.is_file()]
     for kind in NUMERICS:
-        for key in Done().keys(kind):
-            doomed += [path for name in DISPOSABLE if (path := task_dir(kind, key) / name).exists()]
+        for folder in _leaves(store_dir() / kind):
+            if _finished(folder):
+                doomed += _disposable(folder)
     files = size = 0
     for path in doomed:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()
-            if now - stat.st_mtime >= older_than_s:
+            if now - stat.st_mtime >= older_than_s and not _held(path):
                 path.unlink()
                 files, size = files + 1, size + stat.st_size
     for kind in EVICTABLE_KINDS:
         if (store_dir() / kind).exists() and not any(p.is_file() for p in (store_dir() / kind).rglob("*")):
             shutil.rmtree(store_dir() / kind)
     return files, size
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the task of this folder is done: by its output where it makes one, else by its result."""
+    output = ""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        output = read_json(folder / "task.json").get("output", "")
+    return (home() / output).exists() if output else (folder / "result.json").exists()
+
+
+def _held(path: Path) -> bool:
+    """Whether a file lies in the folder of a task that a worker holds, who may need it."""
+    parts = path.relative_to(store_dir()).parts
+    if len(parts) < 4:  # not in store/<kind>/<kk>/<key>/
+        return False
+    found = holder(store_dir().joinpath(*parts[:3]))
+    return found is not None and found.process.alive() is not False

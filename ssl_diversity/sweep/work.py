@@ -1,7 +1,6 @@
 """A worker: claims the next task whose inputs are done, runs it, publishes its result, until none is left."""
 
 import contextlib
-import errno
 import os
 import signal
 import subprocess
@@ -20,13 +19,15 @@ from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.runtime import Runtime
 from ssl_diversity.sweep import claims, estimate, store
 from ssl_diversity.sweep.claims import Claim, Process
-from ssl_diversity.sweep.config import SweepConfig, recorded
+from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import Plan, expand
-from ssl_diversity.sweep.profile import Profile
+from ssl_diversity.sweep.profile import Profile, SlurmProfile
+from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import FUNCTIONS, REPORT, Task, function
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SQUEUE_S = 20.0  # how long SLURM may take to answer
 PRODUCERS = frozenset({"prepare", "train-generator", "generate"})  # what a plan may wait for
 PACKAGES = (
     "torch",
@@ -94,8 +95,15 @@ class Left:
         return not self.ready and not self.later
 
 
-def left(plan: Plan, done: Done, *, since: float, max_attempts: int) -> Left:
-    """Sort the tasks that are not done. A failed one has used up its attempts since `since`."""
+def left(
+    plan: Plan,
+    done: Done,
+    *,
+    since: float,
+    max_attempts: int,
+    retried: frozenset[tuple[str, str]] = frozenset(),
+) -> Left:
+    """Sort the tasks that are not done. A failed one has used up its attempts since `since` and is not `retried`."""
     marked = store.Index("failed")
     out: dict[str, list[Task]] = {"ready": [], "later": [], "failed": [], "blocked": []}
     dead: set[tuple[str, str]] = set()
@@ -105,7 +113,11 @@ def left(plan: Plan, done: Done, *, since: float, max_attempts: int) -> Left:
         if any(need.id in dead for need in task.needs):
             out["blocked"].append(task)
             dead.add(task.id)
-        elif task.key in marked.keys(task.kind) and gave_up(task, since, max_attempts):
+        elif (
+            task.id not in retried
+            and task.key in marked.keys(task.kind)
+            and gave_up(task, since, max_attempts)
+        ):
             out["failed"].append(task)
             dead.add(task.id)
         else:
@@ -129,7 +141,10 @@ class Worker:
         gpus = os.environ.get("SSL_DIVERSITY_GPUS", "")
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[self.index % len(gpus.split(","))]
-        if run_worker(self.order) == signal.SIGUSR2 and callable(before):
+        stopped_by = run_worker(self.order)
+        slurm = isinstance(self.order.profile, SlurmProfile)
+        again = stopped_by == signal.SIGUSR2 or (stopped_by == signal.SIGTERM and slurm and preempted())
+        if again and callable(before):
             before(signal.SIGUSR2, None)
 
     def checkpoint(self) -> Any:
@@ -137,6 +152,18 @@ class Worker:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def preempted() -> bool:
+    """Whether a SIGTERM is SLURM's wish for the node: of a job that was cancelled, it ends the running first."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return False
+    ask = ["squeue", "--noheader", "--jobs", job, "--format=%T"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        told = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=SQUEUE_S)
+        return told.stdout.strip() == "RUNNING"
+    return False
 
 
 def run_worker(order: Order) -> int:
@@ -176,7 +203,7 @@ class _Run:
             rest = left(plan, done, since=self.order.since, max_attempts=self.profile.max_attempts)
             if rest.over:
                 if self.order.with_report:
-                    function(REPORT)(recorded(self.order.sweep.name) or self.order.sweep)
+                    self._report()
                 return
             if any(self._try(task) for task in rest.ready):
                 idle_since = time.monotonic()
@@ -185,6 +212,17 @@ class _Run:
             else:
                 self._watch_submitter()
                 self.stop.wait(self.profile.poll_s)
+
+    def _report(self) -> None:
+        """The report, by one worker at a time: what another would add now, it has read already."""
+        claim = claims.claim(self.order.sweep.folder, stale_s=self.profile.stale_s)
+        if claim is None:
+            return
+        try:
+            with claim.heartbeat(self.profile.heartbeat_s):
+                function(REPORT)(remember(self.order.sweep, ended=True, tell=print))
+        finally:
+            claim.release()
 
     def _watch_submitter(self) -> None:
         if self.order.submitter is not None and self.order.submitter.alive() is False:
@@ -249,7 +287,7 @@ class _Run:
                     store.fail(task, _as_user_error(error, task))
             finally:
                 claim.release()
-            if _disk_full(error):
+            if files.is_disk_full(error):
                 raise
         finally:
             with contextlib.suppress(OSError):
@@ -274,17 +312,9 @@ def device(asked: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _as_user_error(error: Exception, task: Task) -> Exception:
     """A full disk is the user's to mend, however it showed."""
-    if _disk_full(error) and not isinstance(error, UserError):
+    if files.is_disk_full(error) and not isinstance(error, UserError):
         return files.disk_full(task.folder / "result.json")
     return error
 

@@ -17,8 +17,9 @@ from ssl_diversity.report.collect import collect, command, history
 from ssl_diversity.report.table import read_table
 from ssl_diversity.runtime import Runtime
 from ssl_diversity.sweep import store
-from ssl_diversity.sweep.config import SweepConfig, load, remember
+from ssl_diversity.sweep.config import SweepConfig, load
 from ssl_diversity.sweep.plan import expand
+from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.task import Task
 from ssl_diversity.sweep.work import prepare_pool
 
@@ -172,3 +173,11 @@ def test_results_hold_no_nan_that_json_cannot_say(sweep: SweepConfig) -> None:
     write_json(task.folder / "result.json", broken)
     found = [r for r in collect(sweep).records if r["cell"] == task.key]
     assert {(r["effective_rank"], r["collapsed"]) for r in found} == {(None, True)}
+
+
+def test_the_command_says_a_backbone_and_a_budget_as_people_do() -> None:
+    asked = ["methods=[simclr]", "backbone=resnet18", "budget=5e5"]
+    sweep = load("quickstart", asked)
+    words = shlex.split(command(sweep))
+    assert {"backbone=resnet18", "budget=[500000]"} <= set(words)
+    assert load("quickstart", words[3:]) == sweep

@@ -46,6 +46,11 @@ def distance(spec: Any, out: Path, runtime: Runtime) -> dict[str, Any]:
     return _run("distance", spec, out, runtime, steps=1)
 
 
+def report(sweep: Any) -> Path:
+    _run("report", sweep, sweep.folder, Runtime(), steps=1)
+    return Path(sweep.folder) / "report.html"
+
+
 def executions() -> list[dict[str, Any]]:
     path = home() / "executions.log"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -3,8 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
+from ssl_diversity.data.prepare import prepare
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import config
+from ssl_diversity.sweep import config, record
 from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile, load_profile
 
@@ -35,6 +36,11 @@ def test_quickstart_is_what_the_readme_says() -> None:
         (["budget=0"], "expected samples"),
         (["batch_size=0"], "batch_size"),
         (["seeds=[1,1]"], "same value twice"),
+        (["seeds=[-1]"], "seeds"),
+        (["probes=[linear,linear]"], "same value twice"),
+        (["probes=[linaer]"], "unknown probe 'linaer'"),
+        (["sources.digits=3"], "expected a recipe"),
+        (["sources.digits=[1,2]"], "expected a recipe"),
         (["precision=fp8"], "precision"),
         (["distance.extracter=x"], "distance.extracter"),
         (["hyperparameters.simclrr.lr=1"], "did you mean 'simclr'"),
@@ -58,6 +64,7 @@ def test_nonsense_is_refused_in_one_line(overrides: list[str], says: str) -> Non
         (["budget=32"], "less than one batch"),
         (["hyperparameters.simclr.lrr=1"], "did you mean 'lr'"),
         (["recipe=slow"], "no such recipe"),
+        (["distance.extractor=random-resnte"], "no such file"),
         (["sources=[digitz]"], "did you mean 'digits'"),
         (["sources=[/nowhere/at/all]"], "no such folder"),
         (["sources.digits.size=32", "sources.digits.recipe=digits"], "trains at image_size=16"),
@@ -123,7 +130,7 @@ def test_a_run_needs_the_environment_once(tmp_path, monkeypatch: pytest.MonkeyPa
     first.mkdir()
     moved.mkdir()
     monkeypatch.setenv("CIFAR10_PATH", str(first))
-    config.remember(config.load("cifar10"))
+    record.remember(config.load("cifar10"))
     monkeypatch.delenv("CIFAR10_PATH")
     again = config.load("cifar10")
     assert again.sources["cifar10"]["path"] == again.downstream["cifar10"]["path"] == str(first)
@@ -132,23 +139,81 @@ def test_a_run_needs_the_environment_once(tmp_path, monkeypatch: pytest.MonkeyPa
     assert config.load("cifar10").sources["cifar10"]["path"] == str(moved)
 
 
+def prepared(sweep: config.SweepConfig, name: str) -> None:
+    for spec in sweep.downstream_specs(name):
+        prepare(spec)
+
+
 def test_the_record_remembers_budgets_and_downstream_sets() -> None:
-    config.remember(config.load("quickstart", ["budget=4096"]))
-    config.remember(config.load("quickstart", ["budget=8192"]))
-    record = config.recorded("quickstart")
-    assert record is not None
-    assert record.budget == (4096, 8192)
-    config.remember(config.add_downstream(record, "digits", {"name": "again"}))
+    record.remember(config.load("quickstart", ["budget=4096"]))
+    record.remember(config.load("quickstart", ["budget=8192"]))
+    old = config.recorded("quickstart")
+    assert old is not None
+    assert old.budget == (4096, 8192)
+    wider = record.remember(config.add_downstream(old, "digits", {"name": "again"}))
+    prepared(wider, "again")
     later = config.load("quickstart", ["budget=4096"])
     assert set(later.downstream) == {"digits", "again"}
     assert later.budget == (4096,)
-    assert config.remember(later).budget == (4096, 8192)
+    assert record.remember(later).budget == (4096, 8192)
+    assert set(record.remember(config.load("quickstart", remembered=False)).downstream) == {"digits", "again"}
+
+
+def test_a_budget_that_no_longer_goes_with_the_sweep_is_dropped() -> None:
+    said: list[str] = []
+    record.remember(config.load("quickstart", ["budget=[64,8192]", "unique_samples=[64]"]))
+    later = ["budget=16384", "batch_size=128", "unique_samples=[128]"]
+    kept = record.remember(config.load("quickstart", later), tell=said.append)
+    assert kept.budget == (8192, 16384)
+    assert len(said) == 1
+    assert "budget=64" in said[0]
+    expand(kept)
+    assert config.recorded("quickstart") == kept
+
+
+def test_a_downstream_set_is_kept_once_it_is_prepared(tmp_path) -> None:
+    (tmp_path / "bad").mkdir()
+    asked = config.add_downstream(config.load("quickstart"), str(tmp_path / "bad"), {})
+    assert set(record.remember(asked).downstream) == {"digits", "bad"}
+    assert set(config.load("quickstart").downstream) == {"digits"}  # if the run was killed
+    prepared(asked, "digits")
+    assert set(record.remember(asked, ended=True).downstream) == {"digits"}
+    (tmp_path / "bad").rmdir()
+    expand(config.latest("quickstart"))
+
+
+def test_a_relative_path_is_recorded_from_the_root(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "My Pets.tar").touch()
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sweep = config.load("quickstart", ["downstream=[flowers,digits,'My Pets.tar']"])
+    assert sweep.downstream == {
+        "flowers": {"recipe": str(tmp_path / "flowers")},
+        "digits": {"recipe": "digits"},
+        "My-Pets": {"recipe": str(tmp_path / "My Pets.tar")},
+    }
+    added = config.add_downstream(sweep, "folder", {"name": "more", "path": "flowers"})
+    assert added.downstream["more"]["path"] == str(tmp_path / "flowers")
+
+
+def test_a_sweep_given_as_a_path_finds_its_record(tmp_path) -> None:
+    path = tmp_path / "file.yaml"
+    values = config.load("quickstart", ["name=mine", "budget=4096"]).model_dump(mode="json")
+    path.write_text(OmegaConf.to_yaml(values))
+    assert config.latest(str(path)) == config.load(str(path))
+    record.remember(config.load(str(path), ["budget=8192"]))
+    assert config.latest(str(path)).budget == config.latest("mine").budget == (8192,)
+
+
+def test_whole_numbers_are_whole_however_they_are_written() -> None:
+    assert str(config.load("quickstart", ["budget=5e5"]).budget) == "(500000,)"
 
 
 def test_the_record_is_a_sweep_file() -> None:
-    record = config.remember(config.load("quickstart", ["name=mine", "budget=[4096,1e9flop]"]))
-    assert config.load("mine") == record
-    assert OmegaConf.load(record.folder / "sweep.yaml").name == "mine"
+    kept = record.remember(config.load("quickstart", ["name=mine", "budget=[4096,1e9flop]"]))
+    assert config.load("mine") == kept
+    assert OmegaConf.load(kept.folder / "sweep.yaml").name == "mine"
 
 
 def test_two_sets_cannot_share_a_name() -> None:
@@ -181,3 +246,18 @@ def test_a_local_profile_refuses_a_clusters_keys(tmp_path) -> None:
     path.write_text("executor: local\npartition: gpu\n")
     with pytest.raises(UserError, match="partition"):
         load_profile(str(path))
+
+
+def test_an_executor_is_a_name(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("executor: [local]\n")
+    with pytest.raises(UserError, match="expected one of"):
+        load_profile(str(path))
+
+
+def test_gres_stands_for_gpus() -> None:
+    profile = SlurmProfile(executor="slurm", workers=1, time_min=10, gpus=1)
+    assert profile.parameters("x")["gpus_per_node"] == 1
+    gres = profile.model_copy(update={"gres": "gpu:a100:1"}).parameters("x")
+    assert "gpus_per_node" not in gres
+    assert gres["slurm_gres"] == "gpu:a100:1"

@@ -118,6 +118,26 @@ def test_a_mistake_that_only_the_pool_reveals_ends_the_sweep(profile: LocalProfi
         launch.run(sweep, profile, with_report=False, console=console)
 
 
+@pytest.mark.usefixtures("fakes")
+def test_a_downstream_set_that_cannot_be_prepared_does_not_stay(
+    small: SweepConfig, profile: LocalProfile, console: Console, tmp_path: Path
+) -> None:
+    (tmp_path / "unlabelled").mkdir()
+    asked = config.add_downstream(small, str(tmp_path / "unlabelled"), {})
+    one = profile.model_copy(update={"workers": 1})
+    assert launch.run(asked, one, with_report=False, console=console) == 2
+    assert "unlabelled" in said(console)
+    record = config.recorded("quickstart")
+    assert record is not None
+    assert set(record.downstream) == {"digits"}
+    assert launch.run(config.load("quickstart", SMALL), one, with_report=False, console=console) == 0
+
+
+def test_two_launchers_may_look_for_space_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.files, "write_atomic", lambda *_: None)  # the other has removed the file
+    assert not launch._disk_is_full()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fakes")
 def test_a_second_sweep_at_once_shares_the_work(
@@ -238,6 +258,54 @@ def test_slurm_gets_one_array_through_the_same_code(
         assert line in script
     assert script.count("#!/bin/bash") == 1
     assert "3 workers submitted" in said(console)
+
+
+def test_logs_of_jobs_that_may_still_start_are_kept(
+    small: SweepConfig, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_slurm(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    logs = small.folder / "logs"
+    for day in range(8):
+        folder = logs / f"20200101-00000{day}"
+        folder.mkdir(parents=True)
+        for job in ("4711_0", "4711_1"):
+            (folder / f"{job}_submitted.pkl").touch()
+            if day or job == "4711_0":
+                (folder / f"{job}_0_result.pkl").touch()
+    profile = SlurmProfile(executor="slurm", workers=1, time_min=90)
+    assert launch.run(small, profile, detach=True, console=console) == 0
+    kept = sorted(path.name for path in logs.iterdir())
+    assert len(kept) == 1 + launch.KEPT_LOGS
+    assert kept[0] == "20200101-000000"
+
+
+def test_slurm_requeues_a_worker_as_often_as_it_takes(
+    small: SweepConfig, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import submitit
+
+    fake_slurm(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    profile = SlurmProfile(executor="slurm", workers=1, time_min=90)
+    assert launch.run(small, profile, detach=True, console=console) == 0
+    (path,) = (small.folder / "logs").rglob("*_submitted.pkl")
+    assert submitit.core.utils.DelayedSubmission.load(path)._timeout_countdown >= 10**4
+
+
+def test_flops_are_counted_wherever_a_budget_is_given_in_them(
+    profile: LocalProfile, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(Exception):
+        pass
+
+    def count(*_: object) -> None:
+        raise Counted
+
+    monkeypatch.setattr(launch.flops, "count_missing", count)
+    asked = config.one_cell(["method=simclr", "source=digits", "unique_samples=64", "budget=1e9flop"])
+    with pytest.raises(Counted):
+        launch.run(config.load("quickstart", asked), profile, console=console)
 
 
 def test_slurm_without_slurm_is_a_users_mistake(

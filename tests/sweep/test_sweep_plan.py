@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from ssl_diversity.data.order import GlobalOrder
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import config, plan
@@ -89,11 +90,28 @@ def test_what_determines_results_changes_cells(small: SweepConfig, override: str
     assert not keys(before, "pretrain") & keys(after, "pretrain")
 
 
+def test_budgets_of_the_same_batches_are_one_cell() -> None:
+    base = ["sources=[digits]", "methods=[simclr]", "unique_samples=64"]
+    both = prepared(config.load("quickstart", [*base, "budget=[16384,16400]"]))
+    assert [cell.budget for cell in both.cells] == [16384, 16400]
+    assert len(keys(both, "pretrain")) == 1
+    assert len(keys(prepared(config.load("quickstart", [*base, "budget=[16384,16448]"])), "pretrain")) == 2
+    (cell,) = expand(config.load("quickstart", [*base, "budget=100", "unique_samples=64"])).cells
+    assert cell.task is not None
+    assert cell.task.spec.budget == 64  # type: ignore[attr-defined]
+
+
+def test_every_image_of_a_budget_that_is_no_whole_number_of_batches_may_be_asked_for() -> None:
+    base = ["sources=[digits]", "methods=[simclr]", "unique_samples=200", "budget=200"]
+    (cell,) = prepared(config.load("quickstart", base)).cells
+    assert cell.task is not None
+    spec = cell.task.spec
+    assert GlobalOrder(spec.unique_samples, spec.batch_size, 0, spec.budget).total == 192  # type: ignore[attr-defined]
+
+
 def test_a_new_downstream_set_adds_probes_and_distances_alone(small: SweepConfig) -> None:
     before = prepared(small)
-    after = prepared(
-        config.add_downstream(small, "digits", {"name": "again", "holdout": 0.4, "split": "all"})
-    )
+    after = prepared(config.add_downstream(small, "digits", {"name": "again", "max_images": 500}))
     assert keys(after, "pretrain") == keys(before, "pretrain")
     assert keys(after, "probe") > keys(before, "probe")
     assert keys(after, "distance") > keys(before, "distance")

@@ -9,7 +9,7 @@ import pytest
 from ssl_diversity import files
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import store
-from ssl_diversity.sweep.claims import claim
+from ssl_diversity.sweep.claims import claim, this_process
 from ssl_diversity.sweep.config import DistanceConfig
 from ssl_diversity.sweep.store import Done, Index
 from ssl_diversity.sweep.task import Task
@@ -44,6 +44,13 @@ def test_a_result_is_never_replaced() -> None:
     assert store.publish(task, take(task), {"value": 1})
     assert store.publish(task, take(task), {"value": 2})
     assert store.result(task) == {"value": 1}
+
+
+def test_the_result_of_an_output_that_is_made_again_is_replaced(home: Path) -> None:
+    task = Task("prepare", DistanceConfig(), output=home / "pools" / "p" / "pool.json")
+    for value in (1, 2):
+        assert store.publish(task, take(task), {"value": value})
+    assert store.result(task) == {"value": 2}
 
 
 def test_who_lost_the_claim_publishes_nothing() -> None:
@@ -119,6 +126,30 @@ def test_garbage_is_collected_and_results_are_not(home: Path) -> None:
     assert size >= 100
     assert {path.name for path in task.folder.iterdir()} == {"result.json"}
     assert [name for name, *_ in store.usage() if name == "embed"] == []
+
+
+def test_garbage_spares_what_live_workers_and_unfinished_tasks_need(home: Path) -> None:
+    finished, unfinished = make(2), make(3)
+    pool = Task("generate", DistanceConfig(n=4), output=home / "pools" / "p" / "pool.json")
+    store.publish(finished, take(finished), {"value": 1})
+    held = take(finished)
+    store.describe(pool)
+    block = pool.folder / "blocks" / "ab" / "00000000.npy"
+    features = home / "store" / "embed" / "ab" / "abc" / "features.npy"
+    kept = [finished.folder / "last.ckpt", unfinished.folder / "last.ckpt", features, block]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("needed")
+    worker = home / "store" / "workers" / "a.json"
+    files.write_json(worker, {"process": vars(this_process()), "heartbeat_s": 1})
+    later = features.stat().st_mtime + 3601
+    assert store.collect_garbage(older_than_s=3600, now=later) == (0, 0)
+    assert all(path.exists() for path in kept)
+    held.release()
+    worker.unlink()
+    files.write_json(home / "pools" / "p" / "pool.json", {})
+    assert store.collect_garbage(older_than_s=3600, now=later)[0] == 3
+    assert [path.exists() for path in kept] == [False, True, False, False]
 
 
 def test_the_store_lists_its_tasks() -> None:

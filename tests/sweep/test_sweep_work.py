@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ssl_diversity.sweep import claims, status, store
+from ssl_diversity import files
+from ssl_diversity.sweep import claims, status, store, work
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import expand
-from ssl_diversity.sweep.profile import LocalProfile
+from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
 from ssl_diversity.sweep.store import Done
-from ssl_diversity.sweep.work import Order, left, run_worker
+from ssl_diversity.sweep.work import Order, Worker, left, run_worker
 
 pytestmark = pytest.mark.usefixtures("fakes")
 TOTAL = 3 + 4 + 6 + 3
@@ -100,6 +101,67 @@ def test_a_signal_stops_it_and_frees_its_task(
     monkeypatch.setenv("FAKE_STEP_S", "0")
     assert run_worker(order(small, profile)) == 0
     assert status.snapshot(expand(small)).complete
+
+
+@pytest.mark.parametrize(
+    ("case", "again"),
+    [
+        ((signal.SIGUSR2, "RUNNING"), True),
+        ((signal.SIGTERM, "RUNNING"), True),
+        ((signal.SIGTERM, "COMPLETING"), False),  # cancelled
+        ((0, "RUNNING"), False),
+    ],
+)
+def test_slurm_gets_its_job_back_after_a_time_limit_or_a_preemption(
+    small: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[int, str], again: bool
+) -> None:
+    number, state = case
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho {state}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(work, "run_worker", lambda order: number)
+    asked: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
+    try:
+        Worker(Order(small, SlurmProfile(executor="slurm", workers=1, time_min=10), 1, time.time()))()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert bool(asked) == again
+
+
+def test_a_failed_task_that_is_tried_again_is_running(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "pretrain")
+    run_worker(order(small, profile))
+    now = status.snapshot(expand(small))
+    assert now.over
+    task = now.left.failed[0]
+    doing = {"label": task.label, "kind": task.kind, "key": task.key, "done": 1, "total": 2, "started": 0.0}
+    path = store.store_dir() / "workers" / "a.json"
+    files.write_json(path, {**doing, "heartbeat_s": 1, "process": vars(claims.this_process())})
+    now = status.snapshot(expand(small))
+    assert not now.over
+    assert [running.key for running in now.running] == [task.key]
+    assert (len(now.left.failed), len(now.left.blocked)) == (3, 3)
+
+
+def test_idle_workers_write_the_report_one_at_a_time(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_worker(order(small, profile))
+    monkeypatch.setattr(work, "REPORT", "sweep_fakes:report")
+    last = Order(small, profile, 1, time.time(), with_report=True)
+    other = claims.claim(small.folder, stale_s=60)
+    assert other is not None
+    run_worker(last)
+    assert not ran("report")
+    other.release()
+    run_worker(last)
+    assert len(ran("report")) == 1
+    assert not list(small.folder.glob("claim.*"))
 
 
 def test_a_worker_whose_submitter_died_stops(small: SweepConfig, profile: LocalProfile) -> None:
