@@ -4,7 +4,7 @@
 
 The peer is what one writes from lightly's documentation: its SimCLRTransform, a torchvision ImageFolder and a
 DataLoader with two persistent workers, SimCLRProjectionHead, NTXentLoss, and Lightning's Trainer; the backbone,
-the optimiser and the batch size are ours. It runs at its default precision (float32), ours at float32 and bf16.
+the optimiser (LARS) and the batch size are ours. It runs at its default precision (float32), ours at float32 and bf16.
 Without --images, patches of scikit-learn's two photographs are used.
 """
 
@@ -29,6 +29,7 @@ from ssl_diversity.data.order import GlobalOrder
 from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.data.reading import open_reader
+from ssl_diversity.methods.optim import LARS
 from ssl_diversity.methods.recipe import load_recipe
 from ssl_diversity.runtime import Runtime
 
@@ -45,7 +46,8 @@ class LightlySimCLR(pl.LightningModule):
         return self.criterion(self.head(self.backbone(x0)), self.head(self.backbone(x1)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        group = {"params": list(self.parameters()), "weight_decay": 1e-4, "eta": 0.02, "clip": True}
+        return LARS([group], lr=0.4, momentum=0.9)
 
 
 class Clock(pl.Callback):
