@@ -75,7 +75,7 @@ def drill(folder: Path, arguments: list[str], sweep: str, parts: int) -> None:
 @pytest.mark.slow
 def test_killed_three_times_equals_undisturbed(tmp_path: Path) -> None:
     cut = ["methods=[simclr,dino,mae]", "unique_samples=[64,512]", "budget=8192", "checkpoint_samples=1024"]
-    drill(tmp_path, ["sweep", "quickstart", *cut], "quickstart", parts=3)
+    drill(tmp_path, ["sweep", "quickstart", *cut], "quickstart", parts=6)
 
 
 @pytest.mark.slow
@@ -95,4 +95,4 @@ def test_real_photographs_killed_three_times(tmp_path: Path) -> None:
         "checkpoint_samples=2000",
         "baselines=[random]",
     ]
-    drill(tmp_path, ["sweep", "cifar10", *cut], "cifar10", parts=4)
+    drill(tmp_path, ["sweep", "cifar10", *cut], "cifar10", parts=6)
