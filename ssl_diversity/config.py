@@ -5,7 +5,7 @@ identity: `identity()` holds every field except those named in `NOT_IDENTITY`.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -87,13 +87,18 @@ def validate(model: type[C], values: Mapping[str, Any], where: str) -> C:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
-            known = sorted(_nested(model, first["loc"][:-1]).model_fields)
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}") from None
+            known = _nested(model, first["loc"][:-1]).model_fields
+            raise UserError(f"{where}: unknown key {key!r}; {hint(name, known, 'known keys')}") from None
         message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
         value = "" if first["type"] == "missing" else f" (got {first['input']!r})"
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}{value}") from None
+
+
+def hint(name: str, known: Iterable[str], label: str) -> str:
+    """What to write instead of an unknown name: the closest of `known`, else all of them after `label`."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"{label}: {', '.join(names)}"
 
 
 def _nested(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:

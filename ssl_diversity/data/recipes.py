@@ -1,13 +1,12 @@
 """From what a user names (a recipe, a source kind, a path) to a `PrepareSpec`."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ssl_diversity import files
-from ssl_diversity.config import merge, read_yaml, validate
+from ssl_diversity.config import hint, merge, read_yaml, validate
 from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.data.sources import SOURCES, source_class
 from ssl_diversity.errors import UserError
@@ -38,10 +37,8 @@ def load(text: str) -> dict[str, Any]:
     elif "/" in text or text.endswith((".tar", ".tar.gz", ".tgz")) or Path(text).expanduser().exists():
         return {"source": "folder", "name": _stem(text), "options": {"path": text}}
     else:
-        known = sorted({*names(), *SOURCES})
-        close = difflib.get_close_matches(text, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known recipes: {', '.join(known)}"
-        raise UserError(f"{text!r} is no recipe, source kind, folder or tar; {hint}")
+        known = hint(text, {*names(), *SOURCES}, "known recipes")
+        raise UserError(f"{text!r} is no recipe, source kind, folder or tar; {known}")
     recipe = read_yaml(path)
     if "source" not in recipe:
         raise UserError(f"{path}: key 'source' is missing; known kinds: {', '.join(sorted(SOURCES))}")

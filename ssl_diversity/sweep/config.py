@@ -1,6 +1,5 @@
 """What a sweep is: the file a user writes, and the record that `runs/<sweep>/sweep.yaml` keeps of it."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,11 +91,13 @@ class SweepConfig(Config):
     def _known(self) -> "SweepConfig":
         for method in [*self.methods, *self.hyperparameters, *set(self.backbone) - {"default"}]:
             if method not in METHODS:
-                raise UserError(f"unknown method {method!r}; {_hint(method, METHODS)}")
+                raise UserError(f"unknown method {method!r}; {config.hint(method, METHODS, 'known')}")
         for method in self.methods:
             backbone = self.backbone_of(method)
             if backbone not in BACKBONES:
-                raise UserError(f"backbone: unknown backbone {backbone!r}; {_hint(backbone, BACKBONES)}")
+                raise UserError(
+                    f"backbone: unknown backbone {backbone!r}; {config.hint(backbone, BACKBONES, 'known')}"
+                )
             check_backbone(method, backbone)
         for value in self.budget:
             budget.parse_budget(value)
@@ -145,11 +146,6 @@ class SweepConfig(Config):
 def named_entry(entry: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
     """(recipe, options) of a set, its name among them."""
     return str(entry["recipe"]), {"name": name, **{k: v for k, v in entry.items() if k != "recipe"}}
-
-
-def _hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -> SweepConfig:
@@ -238,7 +234,7 @@ def _find(text: str) -> Path:
         {path.stem for path in folder.glob("*.yaml")}
         | {path.parent.name for path in runs_dir().glob("*/sweep.yaml")}
     )
-    raise UserError(f"no such sweep: {text!r}; {_hint(text, known)}")
+    raise UserError(f"no such sweep: {text!r}; {config.hint(text, known, 'known')}")
 
 
 def _with_paths(sets: Sets, *, same_recipe: Sets, before: Sets) -> Sets:

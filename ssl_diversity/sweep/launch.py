@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from ssl_diversity import files
+from ssl_diversity.budget import parse_budget
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import claims, flops, status, store
 from ssl_diversity.sweep.config import SweepConfig
@@ -47,7 +48,7 @@ def run(
     """
     console = console or Console(highlight=False, soft_wrap=True)
     store.open_store()
-    if any("flop" in str(value).lower() for value in sweep.budget):
+    if any(parse_budget(value).unit == "flop" for value in sweep.budget):
         flops.count_missing(sweep, lambda text: console.print(f"{sweep.name}: {text}"))
     current = Current(sweep, skip)
 
