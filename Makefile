@@ -58,6 +58,8 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/bench_views.py
 	$(BIN)/python tests/benchmarks/bench_training.py --steps 4
+	$(BIN)/python tests/benchmarks/bench_index.py --rows 1e8
+	$(BIN)/python tests/benchmarks/bench_prepare.py --images 2000000 --memory-gb 2 --kill
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info

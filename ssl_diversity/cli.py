@@ -90,7 +90,9 @@ def plan(
     store.open_store()
     expand(asked)  # whatever is wrong shows before anything is counted
     flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr))
-    out.print(table.render(expand(asked), where, launch.device_of(where)))
+    planned = expand(asked)
+    launch.check_cache(planned, where)
+    out.print(table.render(planned, where, launch.device_of(where)))
 
 
 @app.command()
@@ -288,6 +290,7 @@ def distance(
 
     ssl-diversity distance photo_patches digits --n 512
     """
+    from ssl_diversity.data.subset import Subset
     from ssl_diversity.distance.config import DistanceSpec, extractor_digest
     from ssl_diversity.sweep.work import device as device_of
 
@@ -295,15 +298,12 @@ def distance(
         raise UserError(f"n={n}: a distance is one of distributions; give at least 2 images of each set")
     a, b = (_pool(text, size) for text in (first, second))
     n = min(n, a.size, b.size)
-    rows = a.rows(n)
+    subset = Subset(((a, a.rows(n)),))
     values = {
-        "pool": str(a.path),
-        "rows_start": rows.start,
-        "rows_count": n,
-        "rows_digest": a.rows_digest(rows),
+        "parts": subset.specs,
+        "rows_digest": subset.digest,
         "reference_pool": str(b.path),
         "reference_digest": b.digest,
-        "n": n,
         "extractor": extractor,
         "extractor_digest": extractor_digest(extractor),
     }

@@ -2,15 +2,18 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from ssl_diversity import files
 from ssl_diversity.config import parse_overrides
@@ -19,11 +22,16 @@ from ssl_diversity.runtime import Runtime, on_terminal
 
 PLAIN_WIDTH = 160  # columns where the output is not a terminal
 
-data = typer.Typer(no_args_is_help=True, help="Pools: prepare, list, inspect, verify.")
+data = typer.Typer(no_args_is_help=True, help="Pools: prepare, download, attach, list, inspect, verify.")
 store = typer.Typer(no_args_is_help=True, help="The store of results: ls, du, gc, check.")
 out = Console(highlight=False, markup=False, soft_wrap=True)
 if not out.is_terminal:
     out.width = PLAIN_WIDTH
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. name=flowers path=~/flowers.tar size=64."),
+]
 
 
 def mapping(values: dict[str, Any]) -> Table:
@@ -34,21 +42,45 @@ def mapping(values: dict[str, Any]) -> Table:
     return table
 
 
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+class Bar:
+    """What a `progress_bar` is told: how many are done of how many, and in `note` a few words on the state."""
+
+    def __init__(self, update: Callable[..., None] = lambda **_: None) -> None:
+        self._update = update
+
+    def __call__(self, done: int, total: int) -> None:
+        self._update(completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        self._update(note=text)
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(progress=self, note=self.note)
+
+
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left on a terminal, nothing elsewhere."""
+def progress_bar(title: str) -> Iterator[Bar]:
+    """A progress bar with rate, time left and note on a terminal, nothing elsewhere."""
     if not on_terminal():
-        yield lambda done, total: None
+        yield Bar()
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         TextColumn("{task.completed:,.0f}"),
-        TimeRemainingColumn(),
+        _Rate(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(title, total=None, note="")
+        yield Bar(partial(progress.update, task))
 
 
 # Data
@@ -59,18 +91,38 @@ def data_prepare(
     recipe: Annotated[
         str, typer.Argument(help="A recipe of datasets/, its path, a source kind, a folder or a tar.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="e.g. name=flowers path=~/flowers.tar size=64."),
-    ] = None,
+    overrides: Overrides = None,
     processes: Annotated[int | None, typer.Option(help="Worker processes; the cores if not given.")] = None,
-    memory_gb: Annotated[float, typer.Option(help="Memory for images, all processes together.")] = 1.0,
+    memory_gb: Annotated[float, typer.Option(help="Bound on the memory of all processes together.")] = 2.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; make nothing.")] = False,
 ) -> None:
     """Make a pool: every unique image of a source, in random order, with its index.
 
+    Killed, it goes on where it was when it is run again. From each kind of source:
+
     ssl-diversity data prepare digits
 
-    ssl-diversity data prepare folder name=flowers path=~/flowers.tar size=64
+    ssl-diversity data prepare ~/flowers size=64
+
+    ssl-diversity data prepare folder path=~/flowers.tar name=flowers size=64
+
+    ssl-diversity data prepare webdataset 'path=~/shards/{000000..000127}.tar' name=web size=64
+
+    ssl-diversity data prepare parquet path=~/tables name=tables size=64
+
+    ssl-diversity data prepare torchvision:CIFAR10 path=~/torchvision download=true size=32
+
+    ssl-diversity data prepare imagenet path=~/imagenet --processes 16 --memory-gb 16
+
+    ssl-diversity data prepare yfcc100m metadata=~/yfcc100m_dataset.bz2 n=1000000
+
+    What becomes of the images:
+
+    ssl-diversity data prepare ~/flowers resize=short size=256 codec=jpeg quality=90
+
+    ssl-diversity data prepare ~/flowers resize=none codec=original
+
+    ssl-diversity data prepare ~/flowers near_duplicates=true 'exclude=[digits]'
     """
     from ssl_diversity.data import recipes
     from ssl_diversity.data.prepare import prepare
@@ -79,15 +131,88 @@ def data_prepare(
     if recipes.load(recipe)["source"] == generation.SOURCE:
         raise UserError(f"{recipe!r} is generated, not prepared; run `ssl-diversity generate {recipe}`")
     spec = recipes.resolve(recipe, parse_overrides(overrides or []))
-    with progress_bar(f"prepare {spec.name}") as tell:
+    if dry_run:
+        from ssl_diversity.data.outline import outline
+
+        out.print(mapping(outline(spec)))
+        return
+    with progress_bar(f"prepare {spec.name}") as bar:
         pool = prepare(
             spec,
             processes=processes or os.cpu_count() or 1,
             memory_bytes=int(memory_gb * 2**30),
-            runtime=Runtime(progress=tell),
+            runtime=bar.runtime,
         )
     out.print(f"{pool.path}: {pool.size:,} images")
     out.print(mapping({name: number for name, number in pool.info.counts.items() if number}))
+    numbers, read = recipes.expected(recipe), pool.info.counts["read"]
+    expected = numbers.get(spec.split, numbers.get("all"))
+    if expected not in (None, read):
+        out.print(f"{recipe} should have {expected:,} images, {read:,} were read: is it whole?")
+
+
+@data.command("download")
+def data_download(
+    recipe: Annotated[str, typer.Argument(help="yfcc100m, or a recipe of that source.")],
+    overrides: Overrides = None,
+    *,
+    to: Annotated[Path | None, typer.Option(help="Folder; where `data prepare` looks if not given.")] = None,
+    connections: Annotated[int, typer.Option(min=1, help="Downloads at a time.")] = 64,
+    rate: Annotated[float | None, typer.Option(help="Requests per second, at most.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="Seconds without a byte after which to try again.")] = 30.0,
+    retries: Annotated[int, typer.Option(min=0, help="Of each photo, with back-off.")] = 8,
+    share: Annotated[str, typer.Option(help="I/K: of K machines, this is number I (from 0).")] = "0/1",
+    urls: Annotated[Path | None, typer.Option(help="Write the addresses here; download nothing.")] = None,
+) -> None:
+    """Download the photos of a selection; run again, it fetches what is missing and what failed.
+
+    ssl-diversity data download yfcc100m metadata=~/yfcc100m_dataset.bz2 n=1000000 --to ~/yfcc-1m
+
+    ssl-diversity data prepare yfcc100m metadata=~/yfcc100m_dataset.bz2 n=1000000 images=~/yfcc-1m
+    """
+    from ssl_diversity.data import recipes
+    from ssl_diversity.data.sources.yfcc100m import YFCC100M
+
+    spec = recipes.resolve(recipe, parse_overrides(overrides or []))
+    if spec.source != "yfcc100m":
+        raise UserError(
+            f"{recipe!r}: only yfcc100m is downloaded from here; `data prepare {recipe}` says what to get"
+        )
+    part = re.fullmatch(r"(\d+)/(\d+)", share)
+    if not part or not int(part[1]) < int(part[2]):
+        raise UserError(f"--share {share}: expected I/K with I from 0 to K - 1, for example 0/4")
+    source = YFCC100M(YFCC100M.Options(**spec.options), spec.directory)
+    with progress_bar(f"download {spec.name}") as bar:
+        source.runtime = bar.runtime
+        if urls:
+            with files.replacing(urls) as temporary, temporary.open("w") as file:
+                file.writelines(f"{url}\n" for url in source.urls())
+            return out.print(f"{urls}: addresses, one a line")
+        report, where = source.download(
+            to,
+            connections=connections,
+            requests_per_s=rate,
+            timeout_s=timeout_s,
+            retries=retries,
+            share=(int(part[1]), int(part[2])),
+        )
+    out.print(f"{where}: {report}")
+
+
+@data.command("attach")
+def data_attach(
+    url: Annotated[str, typer.Argument(help="Where a pool's folder is: http(s)://, s3://, gs:// or a path.")],
+    name: Annotated[str | None, typer.Option(help="What to call it here; as it is called there.")] = None,
+) -> None:
+    """Use a pool that lies elsewhere: its index comes here, its shards are read from where they are.
+
+    ssl-diversity data attach https://example.org/pools/imagenet-1a2b3c4d
+    """
+    from ssl_diversity.data.attach import attach
+
+    with progress_bar("attach") as bar:
+        pool = attach(url, name=name, runtime=bar.runtime)
+    out.print(f"{pool.path}: {pool.size:,} images, shards at {url}")
 
 
 @data.command("list")
@@ -99,17 +224,18 @@ def data_list() -> None:
     from ssl_diversity.data.pool import list_pools
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("pool", "images", "classes", "px", "codec", "source", "folder"):
-        table.add_column(heading, justify="right" if heading in ("images", "classes", "px") else "left")
+    for heading in ("pool", "images", "classes", "resize", "codec", "source", "shards", "folder"):
+        table.add_column(heading, justify="right" if heading in ("images", "classes") else "left")
     for pool in list_pools():
         info = pool.info
         cells = (
             info.name,
             f"{info.size:,}",
             str(len(info.classes)),
-            str(info.image_size),
+            f"{info.resize} {info.image_size or ''}",
             info.codec,
             info.source,
+            "remote" if pool.remote else "here",
         )
         table.add_row(*cells, pool.path.name)
     out.print(table if table.row_count else "no pools yet; make one with `ssl-diversity data prepare digits`")
@@ -131,7 +257,11 @@ def data_inspect(
     pool = find(name)
     path = sheet or Path(f"{pool.path.name}.png")
     files.write_atomic(path, contact_sheet(pool, images))
-    out.print(mapping(inspect(pool)))
+    more = {
+        "near_duplicates": "dropped" if pool.info.near_duplicates else "kept",
+        "shards at": pool.remote or "here",
+    }
+    out.print(mapping({**inspect(pool), **more}))
     out.print(f"contact sheet: {path}")
 
 

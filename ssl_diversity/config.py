@@ -62,7 +62,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{item!r}: expected key=value (for example budget=16384)")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise UserError(f"{' '.join(overrides)}: {_one_line(error)}") from None
     assert isinstance(value, dict)
     return {str(k): v for k, v in value.items()}

@@ -180,7 +180,9 @@ def embed(
             if runtime.stop():
                 raise Interrupted(f"stopped embedding {pool.name}")
             rows = np.arange(start, min(start + batch_size, pool.size))
-            block = embed_images(pool.images(rows), loaded, device=runtime.device, batch_size=batch_size)
+            block = embed_images(
+                _images(pool, rows, image_size), loaded, device=runtime.device, batch_size=batch_size
+            )
             if not np.isfinite(block).all():
                 raise UserError(
                     f"{network} on {pool.name}: features are not finite: the network diverged; lower its lr and pretrain again"
@@ -202,7 +204,7 @@ def _load(ref: NetworkRef, image_size: int, calibration: "Pool") -> Network:
     if ref.kind == "pixels":
         return Network(None, "pool", min(image_size, PIXELS_SIZE))
     if ref.kind == "random":
-        images = calibration.images(np.arange(min(calibration.size, CALIBRATION_IMAGES)))
+        images = _images(calibration, np.arange(min(calibration.size, CALIBRATION_IMAGES)), image_size)
         return random_network(ref.name, ref.seed, image_size, images)
     path = task_dir("pretrain", ref.name) / "weights.pt"
     network = load_weights(path)
@@ -211,6 +213,11 @@ def _load(ref: NetworkRef, image_size: int, calibration: "Pool") -> Network:
             f"{path}: pretrained at {network.image_size} px, to be evaluated at image_size={image_size}; use its own"
         )
     return network
+
+
+def _images(pool: "Pool", rows: NDArray[np.int64], image_size: int) -> Images:
+    """uint8 (n, H, W, 3): as stored, for `Network` to resize; where shapes differ, resized while read."""
+    return pool.images(rows, None if pool.info.resize == "square" else image_size)
 
 
 def _read(path: Path, rows: int) -> Features | None:

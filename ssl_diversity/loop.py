@@ -12,37 +12,22 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 
+from ssl_diversity.data.batches import Batches, Reader
+from ssl_diversity.data.order import Order
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.files import replacing
 from ssl_diversity.runtime import Runtime
 
 HISTORY_POINTS = 64  # losses kept per run, evenly spaced in samples seen
-PREFETCH_BATCHES = 2
-
-
-class Order(Protocol):
-    """Which images form which batch."""
-
-    steps: int
-
-    def batch(self, step: int) -> np.ndarray: ...
-
-
-class Reader(Protocol):
-    """The images themselves: indices int64 (B,) to uint8 (B, 3, H, W)."""
-
-    def read(self, indices: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,6 @@ def fit(
     *,
     order: Order,
     reader: Reader,
-    batch_size: int,
     out: Path,
     runtime: Runtime,
     precision: str,
@@ -79,40 +63,34 @@ def fit(
     runtime.set_threads()
     checkpoint = out / "last.ckpt"
     start = _checkpoint_step(checkpoint)
-    guard = _Guard(order.steps, batch_size, checkpoint, checkpoint_samples, runtime)
+    guard = _Guard(order.steps, order.batch_size, checkpoint, checkpoint_samples, runtime)
     _reset_peak_memory(runtime.device)
     trainer = _trainer(order.steps, out, runtime.device, precision, guard)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
         trainer.fit(
             module,
-            train_dataloaders=_Batches(order, reader, start, batch_size),
+            train_dataloaders=_Tensors(Batches(order, reader, start)),
             ckpt_path=str(checkpoint) if start else None,
             weights_only=True if start else None,
         )
     if trainer.global_step != order.steps:
         raise RuntimeError(f"trained {trainer.global_step} steps where the budget says {order.steps}")
-    return FitResult(order.steps * batch_size, guard.seconds, _peak_memory(runtime.device), guard.history)
+    return FitResult(
+        order.steps * order.batch_size, guard.seconds, _peak_memory(runtime.device), guard.history
+    )
 
 
-class _Batches:
-    """Batches from step `start` on, read ahead by a thread while the model computes."""
+@dataclass(frozen=True)
+class _Tensors:
+    """Batches as Lightning takes them."""
 
-    def __init__(self, order: Order, reader: Reader, start: int, batch_size: int) -> None:
-        self.order, self.reader, self.start, self.batch_size = order, reader, start, batch_size
-
-    def _batch(self, step: int) -> dict[str, Tensor]:
-        images = torch.from_numpy(self.reader.read(self.order.batch(step)))
-        first = step * self.batch_size
-        return {"images": images, "positions": torch.arange(first, first + self.batch_size)}
+    batches: Batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
-            ahead: list[Future[dict[str, Tensor]]] = []
-            for step in range(self.start, self.order.steps):
-                while len(ahead) < PREFETCH_BATCHES and step + len(ahead) < self.order.steps:
-                    ahead.append(pool.submit(self._batch, step + len(ahead)))
-                yield ahead.pop(0).result()
+        with contextlib.closing(iter(self.batches)) as running:
+            for batch in running:
+                yield {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class _Guard(pl.Callback):

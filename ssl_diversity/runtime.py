@@ -10,18 +10,25 @@ def _no_progress(done: int, total: int) -> None:
     pass
 
 
+def _no_note(text: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """Device, threads, and the two wires to whoever runs the task.
+    """Device, threads, cache of remote shards, and the wires to whoever runs the task.
 
-    `progress(done, total)` may be called often; `stop()` is true once the task must save its state
-    at the next safe point and raise `Interrupted`.
+    `progress(done, total)` may be called often, and `note(text)`, a few words on the state; `stop()` is true
+    once the task must save its state at the next safe point and raise `Interrupted`.
     """
 
     device: str = "cpu"
     threads: int = 1
     progress: Callable[[int, int], None] = _no_progress
     stop: Callable[[], bool] = bool
+    note: Callable[[str], None] = _no_note
+    cache_bytes: int = 0  # bound of the node's cache of remote shards; 0: no cache
+    cache_dir: str | None = None  # where it lies; None: `home()/cache/shards`
 
     def set_threads(self) -> None:
         """Give torch this task's threads, asleep while they wait (spinning ones starve neighbours)."""

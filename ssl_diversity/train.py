@@ -1,18 +1,22 @@
-"""A cell's pretraining: one method, one backbone, N rows of a pool, exactly C samples."""
+"""A cell's pretraining: one method, one backbone, N images of one pool or several, exactly C samples."""
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ssl_diversity import budget
 from ssl_diversity.config import Config
+from ssl_diversity.data.order import GlobalOrder, Order, Windowed
+from ssl_diversity.data.subset import PartSpec, Subset
+from ssl_diversity.data.windowed import WindowedOrder, layout_digest
 from ssl_diversity.errors import UserError
 from ssl_diversity.methods.recipe import Recipe
 from ssl_diversity.runtime import Runtime
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from ssl_diversity.methods.base import Method
 
 EFFECTIVE_RANK_IMAGES = 1024
@@ -24,28 +28,37 @@ HEAD_SPREAD = (
 class CellSpec(Config):
     """One point of the grid, resolved: everything that determines the weights that come out.
 
-    `pool` is the directory name of the pool (where to find it, not what it is); `rows_digest` is what the
-    cell may see of it: `unique_samples` consecutive rows from `rows_start`.
+    `parts` say where the images are (rows of one pool, or of those of a mixture), `rows_digest` what they are.
+    A windowed order depends on where shards end, too: `layout` is `data.windowed.layout_digest`.
     """
 
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"pool", "rows_start", "checkpoint_samples"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"parts", "checkpoint_samples"})
 
     method: str
     backbone: str
     recipe: Recipe
     image_size: int
-    pool: str
-    rows_start: int
+    parts: tuple[PartSpec, ...]
     rows_digest: str
     unique_samples: int
     budget: int
     batch_size: int
     seed: int
     replicate: int = 0
-    order: str = "global"
+    order: Literal["global"] | Windowed = "global"
+    layout: str = ""
     precision: str = "bf16-mixed"
-    decode: str = "exact"
+    decode: Literal["exact", "scaled"] = "exact"
     checkpoint_samples: int = 1_000_000
+
+
+def make_order(spec: CellSpec, subset: Subset) -> Order:
+    """The cell's order; UserError where the shards are no longer those that it was planned with."""
+    if spec.order == "global":
+        return GlobalOrder(spec.unique_samples, spec.batch_size, spec.seed, spec.budget)
+    if layout_digest(subset.pieces) != spec.layout:
+        raise UserError("the shards of a pool have changed since this cell was planned; plan again")
+    return WindowedOrder(subset.pieces, spec.batch_size, spec.seed, spec.budget, **spec.order.model_dump())
 
 
 def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -57,8 +70,6 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     import torch
 
     from ssl_diversity import loop, methods
-    from ssl_diversity.data.order import GlobalOrder
-    from ssl_diversity.data.pool import Pool, Rows
     from ssl_diversity.data.reading import open_reader
     from ssl_diversity.distance.diversity import collapsed, effective_rank
     from ssl_diversity.features import embed_images, load_weights
@@ -66,10 +77,8 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     from ssl_diversity.methods.flops import flops_per_sample
 
     runtime.set_threads()
-    pool = Pool.open(spec.pool)
-    rows = Rows(spec.rows_start, spec.unique_samples, pool.size)
-    if pool.rows_digest(rows) != spec.rows_digest:
-        raise UserError(f"pool {pool.path} has changed since this cell was planned; run the sweep again")
+    subset = Subset.open(spec.parts, spec.rows_digest, "cell")
+    order = make_order(spec, subset)
     samples = budget.used(spec.budget, spec.batch_size)
     module = methods.build(
         spec.method,
@@ -82,9 +91,15 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     )
     result = loop.fit(
         module,
-        order=GlobalOrder(spec.unique_samples, spec.batch_size, spec.seed, spec.budget),
-        reader=open_reader(pool, rows, threads=runtime.threads),
-        batch_size=spec.batch_size,
+        order=order,
+        reader=open_reader(
+            subset,
+            image_size=spec.image_size,
+            decode=spec.decode,
+            threads=runtime.threads,
+            order=order,
+            runtime=runtime,
+        ),
         out=out,
         runtime=runtime,
         precision=spec.precision,
@@ -99,7 +114,7 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     }
     with replacing(out / "weights.pt") as temporary, temporary.open("wb") as file:
         torch.save(weights, file)  # to a handle: a path would put its random name into the bytes
-    shown = pool.images(rows[range(min(spec.unique_samples, EFFECTIVE_RANK_IMAGES))])
+    shown = first_images(subset, EFFECTIVE_RANK_IMAGES, spec.image_size)
     features = embed_images(shown, load_weights(out / "weights.pt"), device=runtime.device)
     per_sample = flops_per_sample(spec.method, spec.backbone, spec.image_size, spec.recipe)
     return {
@@ -117,7 +132,18 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _embeddings(module: "Method", images: "NDArray[np.uint8]", device: str) -> "list[NDArray[np.float32]]":
+def first_images(subset: Subset, count: int, image_size: int) -> NDArray[np.uint8]:
+    """uint8 (about `count`, S, S, 3): the first rows of every part, each by its share."""
+    share = min(1.0, count / len(subset))
+    return np.concatenate(
+        [
+            pool.images(rows[np.arange(math.ceil(share * len(rows)))], image_size)
+            for pool, rows in subset.parts
+        ]
+    )
+
+
+def _embeddings(module: "Method", images: NDArray[np.uint8], device: str) -> list[NDArray[np.float32]]:
     """What a joint-embedding method's head makes of views of uint8 (n, H, W, 3): [(n, d)], or [] for MAE.
 
     A head can map every image to one point while the backbone's features still look healthy.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,19 @@ class FakePool:
     digest: str = "d0"
     name: str = "fake"
     reads: int = 0
+    resize: str = "square"
+
+    @property
+    def info(self) -> SimpleNamespace:
+        return SimpleNamespace(resize=self.resize)
 
     @property
     def size(self) -> int:
         return len(self.pixels)
 
-    def images(self, rows: np.ndarray) -> np.ndarray:
+    def images(self, rows: np.ndarray, size: int | None = None) -> np.ndarray:
         self.reads += 1
-        return self.pixels[rows]
+        return self.pixels[rows] if size is None else self.pixels[rows][:, :size, :size]
 
 
 def photos(n: int, size: int = 16, seed: int = 0) -> np.ndarray:
@@ -108,6 +114,13 @@ def test_second_embedding_comes_from_the_cache(home: Path) -> None:
     np.testing.assert_array_equal(run(pool, "pixels"), first)
     assert pool.reads == reads
     assert not list(home.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("network", ["pixels", "random:conv-tiny:0"])
+def test_images_of_many_shapes_are_read_at_the_networks_size(network: str) -> None:
+    stored = photos(4, size=24)
+    found = run(FakePool(stored, "a", resize="short"), network)
+    np.testing.assert_array_equal(found, run(FakePool(stored[:, :16, :16], "b"), network))
 
 
 def test_the_cache_distinguishes_network_pool_and_size(home: Path) -> None:

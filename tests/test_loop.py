@@ -18,14 +18,13 @@ STEPS = 13
 
 
 class Order:
-    steps = STEPS
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
+    unique_samples, batch_size, units, steps, total = 10, BATCH, BATCH, STEPS, STEPS * BATCH
 
     def batch(self, step: int) -> np.ndarray:
-        self.asked.append(step)
-        return np.arange(step * BATCH, (step + 1) * BATCH) % 10
+        return self.at(np.arange(step * BATCH, (step + 1) * BATCH))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        return positions % 10
 
 
 class Reader:
@@ -75,7 +74,6 @@ def run(
         module,
         order=Order(),
         reader=Reader(),
-        batch_size=BATCH,
         out=out,
         runtime=Runtime(stop=stop),
         precision=precision,
@@ -140,7 +138,6 @@ def test_a_loss_that_is_not_finite_names_the_remedy(tmp_path: Path) -> None:
             Module(diverge=True),
             order=Order(),
             reader=Reader(),
-            batch_size=BATCH,
             out=tmp_path,
             runtime=Runtime(),
             precision="32-true",

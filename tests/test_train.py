@@ -4,32 +4,37 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from fault_server import FaultServer
 
 from ssl_diversity.data import reading, recipes
+from ssl_diversity.data.attach import attach
+from ssl_diversity.data.order import Windowed
 from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import prepare
+from ssl_diversity.data.subset import PartSpec, Subset
+from ssl_diversity.data.windowed import layout_digest
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.features import load_weights
 from ssl_diversity.methods.recipe import load_recipe
 from ssl_diversity.methods.simclr import SimCLR
 from ssl_diversity.runtime import Runtime
-from ssl_diversity.train import CellSpec, pretrain
+from ssl_diversity.train import CellSpec, first_images, pretrain
 
 STEPS, BATCH = 6, 16
 
 
 def cell(pool: Pool, method: str, **recipe: Any) -> CellSpec:
-    rows = pool.rows(40)
+    subset = Subset(((pool, pool.rows(40)),))
     return CellSpec(
         method=method,
         backbone="vit-micro" if method == "mae" else "conv-tiny",
         recipe=load_recipe(method, "quick", budget_samples=STEPS * BATCH, image_size=16, overrides=recipe),
         image_size=16,
-        pool=pool.path.name,
-        rows_start=rows.start,
-        rows_digest=pool.rows_digest(rows),
+        parts=subset.specs,
+        rows_digest=subset.digest,
         unique_samples=40,
         budget=STEPS * BATCH + 5,
         batch_size=BATCH,
@@ -105,7 +110,8 @@ def test_a_pool_that_changed_is_not_trained_on(pool: Pool, tmp_path: Path) -> No
 
 def test_where_the_pool_lies_is_not_the_cell(pool: Pool) -> None:
     spec = cell(pool, "simclr")
-    moved = spec.model_copy(update={"pool": "elsewhere", "rows_start": 7, "checkpoint_samples": 1})
+    elsewhere = PartSpec(pool="elsewhere", rows_start=7, rows_count=40)
+    moved = spec.model_copy(update={"parts": (elsewhere,), "checkpoint_samples": 1})
     assert moved.identity() == spec.identity()
     for change in (
         {"seed": 4},
@@ -113,5 +119,75 @@ def test_where_the_pool_lies_is_not_the_cell(pool: Pool) -> None:
         {"rows_digest": "other"},
         {"precision": "32-true"},
         {"batch_size": 8},
+        {"decode": "scaled"},
+        {"order": Windowed(shards=1, lanes=4)},
+        {"layout": "other"},
     ):
         assert spec.model_copy(update=change).identity() != spec.identity()
+
+
+@pytest.fixture
+def sources(pool: Pool) -> Subset:
+    """A mixture: some digits, and patches of photographs that are stored larger."""
+    photos = prepare(recipes.resolve("photo_patches", {"size": 24, "shard_bytes": 20_000}))
+    return Subset(((pool, pool.rows(16)), (photos, photos.rows(32, 1))))
+
+
+def windowed(spec: CellSpec, subset: Subset) -> CellSpec:
+    window = Windowed(shards=2, lanes=4)
+    order = {"order": window, "layout": layout_digest(subset.pieces)}
+    rows = {"parts": subset.specs, "rows_digest": subset.digest, "unique_samples": len(subset)}
+    return spec.model_copy(update={**order, **rows})
+
+
+def test_a_windowed_mixture_of_stored_sizes_is_trained_on_and_resumed(
+    pool: Pool, sources: Subset, tmp_path: Path
+) -> None:
+    spec = windowed(cell(pool, "simclr"), sources)
+    expected = run(spec, tmp_path / "undisturbed")
+    with pytest.raises(Interrupted):
+        run(spec, tmp_path / "stopped", stop_after=4)
+    assert run(spec, tmp_path / "stopped")["history"] == expected["history"]
+    assert same(tmp_path / "undisturbed", tmp_path / "stopped")
+    run(spec.model_copy(update={"order": "global"}), tmp_path / "global")
+    assert not same(tmp_path / "undisturbed", tmp_path / "global")
+
+
+def test_measures_are_of_all_parts_and_shards_that_moved_are_noticed(
+    pool: Pool, sources: Subset, tmp_path: Path
+) -> None:
+    shown = first_images(sources, 24, 16)
+    np.testing.assert_array_equal(shown[:8], pool.images(range(8)))
+    photos, rows = sources.parts[1]
+    np.testing.assert_array_equal(shown[8:], photos.images(rows[range(16)], 16))
+    assert len(first_images(sources, 1000, 16)) == 48
+    spec = windowed(cell(pool, "simclr"), sources).model_copy(update={"layout": "another"})
+    with pytest.raises(UserError, match="shards of a pool have changed"):
+        run(spec, tmp_path / "cell")
+
+
+@pytest.mark.parametrize("order", ["global", "windowed"])
+def test_from_afar_the_weights_are_the_same(
+    pool: Pool, sources: Subset, tmp_path: Path, home: Path, order: str
+) -> None:
+    spec = windowed(cell(pool, "simclr"), sources)
+    if order == "global":
+        spec = spec.model_copy(update={"order": "global", "layout": ""})
+    expected = run(spec, tmp_path / "here")
+    for near, _ in sources.parts:
+        near.path.rename(tmp_path / near.path.name)
+    with FaultServer(tmp_path) as server:
+        names = [
+            attach(f"{server.url}/{near.path.name}", name="far-" + near.name).path.name
+            for near, _ in sources.parts
+        ]
+        parts = tuple(
+            part.model_copy(update={"pool": name}) for part, name in zip(spec.parts, names, strict=True)
+        )
+        moved = spec.model_copy(update={"parts": parts})
+        (tmp_path / "afar").mkdir()
+        result = pretrain(moved, tmp_path / "afar", Runtime(cache_bytes=1 << 28))
+        with pytest.raises(UserError, match="cache_gb"):
+            pretrain(moved, tmp_path / "afar", Runtime(cache_bytes=0))
+    assert same(tmp_path / "here", tmp_path / "afar")
+    assert result["history"] == expected["history"]

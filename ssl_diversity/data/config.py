@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ssl_diversity import files
 from ssl_diversity.config import Config
 
-FORMAT = 1  # of a pool's folder; raised when older code could no longer read it
+FORMAT = 2  # of a pool's folder; raised when older code could no longer read it
 
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-Codec = Literal["png", "jpeg"]
+Codec = Literal["png", "jpeg", "original"]  # original: the bytes as the source has them
+Resize = Literal["square", "short", "none"]
 Split = Literal["train", "test", "all"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -26,13 +27,15 @@ class PrepareSpec(Config):
     holdout: float | None = Field(
         None, ge=0, lt=1
     )  # test share of a set without splits; None: as the kind says
-    size: int = Field(64, gt=0)  # pixels: short side resized to it, then the centre square
+    resize: Resize = "square"  # square: short side to `size`, then the centre; short: only the first; none
+    size: int = Field(64, gt=0)  # pixels; `short` never enlarges; not used by `none`
     filter: Filter = "bicubic"
     codec: Codec = "png"
     quality: int = Field(95, ge=1, le=100)  # of JPEG
     seed: int = Field(0, ge=0, lt=1 << 64)  # of the pool's order
     exclude: tuple[str, ...] = ()  # sets whose test images must not be in the pool
     deduplicate: bool = True
+    near_duplicates: bool = False  # drop near copies too, and keep what finds them (data/near.py)
     max_images: int | None = Field(None, gt=0)
     shard_bytes: int = Field(1 << 28, gt=0)
     labels_required: bool = False  # refuse an unlabelled source
@@ -42,6 +45,18 @@ class PrepareSpec(Config):
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {"name", "shard_bytes", "labels_required", "origin", "terms"}
     )
+
+    @model_validator(mode="after")
+    def _original(self) -> "PrepareSpec":
+        if self.codec == "original" and self.resize != "none":
+            raise ValueError("codec=original keeps the bytes as they are; say resize=none with it")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Without what only says how files are fetched."""
+        found = super().identity()
+        options = {key: value for key, value in found["options"].items() if key != "download"}
+        return {**found, "options": options}
 
     @property
     def digest(self) -> str:
@@ -72,9 +87,10 @@ class PoolInfo(Config):
     spec_digest: str
     size: int
     first_size: int  # rows when the pool was first written: replicates start by it
-    counts: dict[str, int]  # read = undecodable + duplicate + ... + kept; conflict is a part of duplicate
+    counts: dict[str, int]  # read = undecodable + duplicate + ... + kept; conflict: copies with another label
     classes: list[str]
-    image_size: int
+    resize: Resize = "square"
+    image_size: int  # pixels: side of the square, least short side (resize=short), or 0 (resize=none)
     filter: str
     codec: str
     quality: int
@@ -84,6 +100,7 @@ class PoolInfo(Config):
     source_digest: str  # of all (name, label, content) read, in any order
     shards: list[Shard]
     files: dict[str, str]  # blake2b of the index columns and of dropped.jsonl
+    near_duplicates: bool = False  # the index has `signature` and `thumbnail`
     real_images: int | None  # behind the pool: kept, or what its generator was trained on; None: not known
     provenance: dict[str, Any] = Field({})
 
@@ -91,7 +108,13 @@ class PoolInfo(Config):
     def encoding(self) -> dict[str, Any]:
         """What, with the content hashes, determines every pixel that a reader sees."""
         quality = self.quality if self.codec == "jpeg" else None
-        return {"size": self.image_size, "filter": self.filter, "codec": self.codec, "quality": quality}
+        return {
+            "resize": self.resize,
+            "size": self.image_size,
+            "filter": self.filter,
+            "codec": self.codec,
+            "quality": quality,
+        }
 
     @property
     def digest(self) -> str:

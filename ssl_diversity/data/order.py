@@ -1,9 +1,17 @@
-"""The global order: which image stands at which position, as a function of (N, B, seed) alone."""
+"""Which image stands at which position: the global order, a function of (N, B, seed) alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from ssl_diversity import budget as budgets
+from ssl_diversity.config import Config
+from ssl_diversity.data.subset import Piece
+from ssl_diversity.errors import UserError
 
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -12,16 +20,64 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 
 Indices = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+
+class Windowed(Config):
+    """What one says of a windowed order: `shards` make a window, `lanes` share a batch (data/windowed.py)."""
+
+    shards: int = Field(4, ge=1)
+    lanes: int = Field(64, ge=1)
+
+
+class Order(Protocol):
+    """Which images of a subset form which batch: a function of the position, nothing is consumed."""
+
+    unique_samples: int  # N
+    batch_size: int  # B, global
+    total: int  # C_used: positions 0 to total - 1
+    steps: int
+
+    @property
+    def units(self) -> int:
+        """Equal runs of slots that a batch falls into; a rank owns whole ones."""
+        ...
+
+    def batch(self, step: int) -> Indices: ...
+
+    def at(self, positions: ArrayLike) -> Indices: ...
+
+
+def slots(order: Order, rank: int, world: int) -> slice:
+    """What rank `rank` of `world` owns of every batch; UserError where the ranks cannot share it evenly."""
+    if order.units % world:
+        allowed = [str(n) for n in range(1, order.units + 1) if order.units % n == 0]
+        raise UserError(
+            f"{world} ranks cannot share batches of {order.units} equal parts (images of the global order,"
+            f" lanes of the windowed one); the number of ranks must be one of {', '.join(allowed)}"
+        )
+    share = order.batch_size // world
+    return slice(rank * share, (rank + 1) * share)
+
+
+def upcoming(
+    order: Order, pieces: Sequence[Piece], step: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Piece]:
+    """The pieces of a subset that a rank needs from `step` on, in the order of first need, epoch after epoch.
+
+    A windowed order knows (`WindowedOrder.upcoming`); a global one needs all of them at any time.
+    """
+    ahead = getattr(order, "upcoming", None)
+    return ahead(step, rank, world) if ahead else iter(pieces)
 
 
 class GlobalOrder:
     """order(t) for 0 <= t < total: index in [0, N) of the image at position t (DESIGN 4.2).
 
-    Every epoch (N positions) is a fresh keyed permutation, evaluated per position: a Feistel network on
-    ceil(log2 N) bits with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains",
-    CT-RSA 2002). Each image is seen floor or ceil of total/N times and never twice in a batch: where a batch
-    spans two epochs, those of the later epoch's first B images that stand in the earlier one's share of the
-    batch move, in order, behind the others of the B.
+    Every epoch (N positions) is a fresh keyed permutation, evaluated per position (`permuted`). Each image is
+    seen floor or ceil of total/N times and never twice in a batch: where a batch spans two epochs, those of
+    the later epoch's first B images that stand in the earlier one's share of the batch move, in order, behind
+    the others of the B.
 
     Raises UserError where N > C, or N is neither B nor at least 2B.
     """
@@ -33,11 +89,12 @@ class GlobalOrder:
         self.seed = seed
         self.total = budgets.used(budget, batch_size)
         self.steps = self.total // batch_size
-        bits = max(2, (unique_samples - 1).bit_length())
-        self._low_bits = np.uint64(bits // 2)
-        self._low = np.uint64((1 << (bits // 2)) - 1)
-        self._high = np.uint64((1 << (bits - bits // 2)) - 1)
-        self._key = np.uint64(_mix_int(seed + _GOLDEN))
+        self._domain = Domain.of(unique_samples)
+        self._key = seed_key(seed)
+
+    @property
+    def units(self) -> int:
+        return self.batch_size
 
     def batch(self, step: int) -> Indices:
         """int64 (B,): the images of one batch."""
@@ -45,9 +102,7 @@ class GlobalOrder:
 
     def at(self, positions: ArrayLike) -> Indices:
         """int64, shaped like `positions`: any of them, in any order, so that any rank or worker can ask."""
-        t = np.asarray(positions, dtype=np.int64)
-        if t.size and (t.min() < 0 or t.max() >= self.total):
-            raise IndexError(f"position outside [0, {self.total})")
+        t = checked(positions, self.total)
         epoch, place = np.divmod(t, self.unique_samples)
         out = self._permuted(epoch, place)
         at_seam = (place < self.batch_size) & (epoch * self.unique_samples % self.batch_size > 0)
@@ -67,33 +122,81 @@ class GlobalOrder:
 
     def _permuted(self, epoch: Indices, place: Indices) -> Indices:
         """Image at `place` of each epoch's permutation, before any seam is mended."""
-        key = _mix(epoch.astype(np.uint64) * np.uint64(_GOLDEN) + self._key)
-        out = self._feistel(place.astype(np.uint64), key)
-        outside = np.flatnonzero(out >= self.unique_samples)
-        flat, keys = out.reshape(-1), key.reshape(-1)
-        while outside.size:
-            flat[outside] = self._feistel(flat[outside], keys[outside])
-            outside = outside[flat[outside] >= self.unique_samples]
-        return flat.reshape(place.shape).astype(np.int64)
+        return permuted(place, self._domain, numbered(self._key, epoch))
 
-    def _feistel(self, x: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        low, high = x & self._low, x >> self._low_bits
-        for number in range(0, _ROUNDS, 2):
-            low = low ^ (_mix(high + (key + _round_key(number))) & self._low)
-            high = high ^ (_mix(low + (key + _round_key(number + 1))) & self._high)
-        return (high << self._low_bits) | low
+
+def checked(positions: ArrayLike, total: int) -> Indices:
+    """`positions` as int64; IndexError where one is not in [0, total)."""
+    t = np.asarray(positions, dtype=np.int64)
+    if t.size and (t.min() < 0 or t.max() >= total):
+        raise IndexError(f"position outside [0, {total})")
+    return t
+
+
+@dataclass(frozen=True)
+class Domain:
+    """[0, size) as `permuted` wants it: one size for all places (scalars), or one for each (arrays)."""
+
+    size: Words
+    low_bits: Words
+    high: Words  # ceil(size / 2^low_bits)
+
+    @classmethod
+    def of(cls, size: int | Indices) -> "Domain":
+        """Sizes from 1 to 2^53."""
+        bits = np.frexp(np.asarray(size, np.float64) - 0.5)[1]  # of size - 1
+        low_bits = np.maximum(bits // 2, 1).astype(np.uint64)
+        sizes = np.asarray(size, np.uint64)
+        return cls(sizes, low_bits, ((sizes - np.uint64(1)) >> low_bits) + np.uint64(1))
+
+    def of_each(self, where: Indices) -> "Domain":
+        """Of many sizes, those numbered `where`."""
+        return Domain(self.size[where], self.low_bits[where], self.high[where])
+
+
+def permuted(place: Indices, domain: Domain, key: Words) -> Indices:
+    """int64, shaped like `place` (1-d where it has many sizes): a keyed bijection of [0, size), for each alone.
+
+    A generalised Feistel network on a 2^low_bits x high rectangle, whose few cells outside are walked over
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+    """
+    out = _feistel(place.astype(np.uint64), domain, key)
+    outside = np.flatnonzero(out >= domain.size)
+    flat, keys = out.reshape(-1), key.reshape(-1)
+    while outside.size:
+        here = domain.of_each(outside) if domain.size.ndim else domain
+        moved = _feistel(flat[outside], here, keys[outside])
+        flat[outside] = moved
+        outside = outside[moved >= here.size]
+    return flat.reshape(place.shape).astype(np.int64)
+
+
+def _feistel(x: Words, domain: Domain, key: Words) -> Words:
+    mask, half = (np.uint64(1) << domain.low_bits) - np.uint64(1), np.uint64(32)
+    low, high = x & mask, x >> domain.low_bits
+    for number in range(0, _ROUNDS, 2):
+        low = low ^ (mix(high + (key + _round_key(number))) & mask)
+        high = high + ((mix(low + (key + _round_key(number + 1))) >> half) * domain.high >> half)
+        high = np.minimum(high, high - domain.high)  # modulo domain.high: below 0 is a huge number here
+    return (high << domain.low_bits) | low
 
 
 def _round_key(number: int) -> np.uint64:
     return np.uint64(((number + 1) * _GOLDEN) & _MASK)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: Words) -> Words:
     """SplitMix64 finaliser."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
 
 
-def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value & _MASK], dtype=np.uint64))[0])
+def seed_key(seed: int) -> np.uint64:
+    """A 64-bit key of a seed."""
+    return np.uint64(mix(np.array([(seed + _GOLDEN) & _MASK], dtype=np.uint64))[0])
+
+
+def numbered(key: Words | np.uint64, numbers: ArrayLike) -> Words:
+    """A key of its own for each of int64 `numbers` (n,)."""
+    return mix(np.asarray(numbers, np.int64).astype(np.uint64) * np.uint64(_GOLDEN) + key)

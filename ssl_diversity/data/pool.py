@@ -2,14 +2,14 @@
 
 import functools
 import json
-import os
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,12 @@ from ssl_diversity import files
 from ssl_diversity.config import validate
 from ssl_diversity.data import image
 from ssl_diversity.data.config import FORMAT, PoolInfo
+from ssl_diversity.data.shards import AGAIN, LocalShard, OpenShard, RemoteShard, ShardReader, read_ranges
+from ssl_diversity.data.transports import join, shown
 from ssl_diversity.errors import UserError
+
+if TYPE_CHECKING:
+    from ssl_diversity.data.remote import Client
 
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> dtype, shape of one row
     "label": ("<i4", ()),  # -1: unlabelled
@@ -26,6 +31,11 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {  # name -> dtype, shape of o
     "shard": ("<i4", ()),
     "offset": ("<i8", ()),  # of the encoded image in its shard, bytes
     "length": ("<i4", ()),  # bytes
+    "crc": ("<u4", ()),  # zlib.crc32 of the encoded image
+}
+OPTIONAL_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {  # where info.near_duplicates (data/near.py)
+    "signature": ("|u1", (32,)),
+    "thumbnail": ("|u1", (242,)),
 }
 _GOLDEN = 0.6180339887498949  # frac(phi)
 _OPEN_SHARDS = 256  # file handles kept
@@ -64,30 +74,6 @@ class Rows:
         ]
 
 
-class _Shard:
-    """An open file that closes when its last user lets go."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = -1
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(
-                f"missing shard {path}: put it back, or remove the pool's folder and prepare it again"
-            ) from None
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.descriptor, length, offset)
-        if len(data) != length:
-            raise UserError(f"truncated shard {self.path}: remove the pool's folder and prepare it again")
-        return data
-
-
 class Pool:
     """A finished pool. Opening reads pool.json alone; columns are memory-mapped when first used."""
 
@@ -116,12 +102,17 @@ class Pool:
             raise UserError(
                 f"{folder / 'pool.json'}: damaged; remove the folder and prepare it again"
             ) from None
+        cls.check_format(values, str(folder / "pool.json"))
+        return cls(folder, validate(PoolInfo, values, str(folder / "pool.json")))
+
+    @staticmethod
+    def check_format(values: Mapping[str, Any], where: str) -> None:
+        """UserError where a pool.json is of a newer format than this code reads."""
         if values.get("format", 0) > FORMAT:
             raise UserError(
-                f"{folder / 'pool.json'}: written by a newer ssl-diversity (format {values['format']}, this one"
-                f" reads up to {FORMAT}); update ssl-diversity or prepare the pool again under another home"
+                f"{where}: written by a newer ssl-diversity (format {values['format']}, this one reads up to"
+                f" {FORMAT}); update ssl-diversity or prepare the pool again under another home"
             )
-        return cls(folder, validate(PoolInfo, values, str(folder / "pool.json")))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pool, (self.path, self.info)
@@ -167,36 +158,75 @@ class Pool:
     def length(self) -> NDArray[np.int32]:
         return self._column("length")
 
+    @functools.cached_property
+    def crc(self) -> NDArray[np.uint32]:
+        """uint32 (size,): zlib.crc32 of each encoded image."""
+        return self._column("crc")
+
+    @functools.cached_property
+    def signature(self) -> NDArray[np.uint8]:
+        """uint8 (size, 32): what near copies are found by; only where `info.near_duplicates`."""
+        return self._column("signature")
+
+    @functools.cached_property
+    def thumbnail(self) -> NDArray[np.uint8]:
+        """uint8 (size, 242): what near copies are confirmed by; only where `info.near_duplicates`."""
+        return self._column("thumbnail")
+
     def _column(self, name: str) -> NDArray[Any]:
         path = self.path / "index" / f"{name}.npy"
-        dtype, row_shape = COLUMNS[name]
+        dtype, row_shape = (COLUMNS | OPTIONAL_COLUMNS)[name]
+        if name in OPTIONAL_COLUMNS and not self.info.near_duplicates:
+            raise UserError(
+                f"pool {self.path.name} has no index of near copies: prepare it with near_duplicates=true"
+            )
         try:
             column = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             problem = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-            raise UserError(
-                f"{problem} index {path}: remove the pool's folder and prepare it again"
-            ) from None
+            raise UserError(f"{problem} index {path}: {AGAIN}") from None
         if column.shape != (self.size, *row_shape) or column.dtype != np.dtype(dtype):
-            raise UserError(f"damaged index {path}: remove the pool's folder and prepare it again")
+            raise UserError(f"damaged index {path}: {AGAIN}")
         return np.asarray(column)
 
-    def _open_shard(self, number: int) -> _Shard:
-        return _Shard(self.path / self.info.shards[number].file)
+    @functools.cached_property
+    def remote(self) -> str | None:
+        """Where the shards are, a URL or path, if not in the pool's own folder (`data attach`)."""
+        path = self.path / "remote.json"
+        return str(files.read_json(path)["url"]) if path.exists() else None
 
-    def check_shards(self) -> None:
-        """UserError that names the first shard which is missing or of another length."""
-        for shard in self.info.shards:
+    def address(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        file = self.info.shards[shard].file
+        return str(self.path / file) if self.remote is None else join(self.remote, file)
+
+    def _open_shard(self, number: int) -> ShardReader:
+        if self.remote is None:
+            return LocalShard(self.path / self.info.shards[number].file)
+        return RemoteShard(self._client, self.address(number), self.info.shards[number].bytes)
+
+    @functools.cached_property
+    def _client(self) -> "Client":
+        from ssl_diversity.data.remote import Client
+
+        return Client()
+
+    def check_shards(self, numbers: Iterable[int] | None = None) -> None:
+        """UserError that names the first shard (of `numbers`) which is missing or of another length.
+
+        Those of a remote pool are checked as they are read.
+        """
+        if self.remote is not None:
+            return
+        for number in range(len(self.info.shards)) if numbers is None else numbers:
+            shard = self.info.shards[number]
             path = self.path / shard.file
-            if not path.exists():
-                raise UserError(
-                    f"missing shard {path}: put it back, or remove the pool's folder and prepare again"
-                )
-            if path.stat().st_size != shard.bytes:
-                raise UserError(
-                    f"shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}:"
-                    " remove the pool's folder and prepare it again"
-                )
+            try:
+                size_bytes = path.stat().st_size
+            except FileNotFoundError:
+                raise UserError(f"missing shard {path}: put it back, or {AGAIN}") from None
+            if size_bytes != shard.bytes:
+                raise UserError(f"shard {path} has {size_bytes} bytes instead of {shard.bytes}: {AGAIN}")
 
     def rows(self, n: int, replicate: int = 0) -> Rows:
         """Draw number `replicate` of `n` unique rows; draws of one replicate are nested in n."""
@@ -214,31 +244,71 @@ class Pool:
             state.update(np.ascontiguousarray(self.content[chunk]).data)
         return state.hexdigest()
 
-    def read_bytes(self, row_numbers: ArrayLike) -> list[bytes]:
-        """The encoded image of each row."""
-        numbers = np.asarray(row_numbers, dtype=np.int64)
-        places = zip(
-            self.shard[numbers].tolist(),
-            self.offset[numbers].tolist(),
-            self.length[numbers].tolist(),
-            strict=True,
-        )
-        return [self._shard(shard).read(offset, length) for shard, offset, length in places]
+    def read_bytes(self, row_numbers: ArrayLike, open_shard: OpenShard | None = None) -> list[bytes]:
+        """The encoded image of each row, verified; `open_shard` gives another place to read from (a cache).
 
-    def images(self, row_numbers: ArrayLike) -> NDArray[np.uint8]:
-        """uint8 (n, H, W, 3)."""
+        UserError where a shard is missing, cut, or no longer the one that the index speaks of.
+        """
         numbers = np.asarray(row_numbers, dtype=np.int64)
-        out = np.empty((len(numbers), self.image_size, self.image_size, 3), np.uint8)
-        for i, data in enumerate(self.read_bytes(numbers)):
+        order = np.argsort(numbers, kind="stable")  # rows lie in their shards in order
+        rows = numbers[order]
+        if len(rows) and self.shard[rows].max() >= len(self.info.shards):
+            raise UserError(f"damaged index {self.path / 'index' / 'shard.npy'}: {AGAIN}")
+        read = read_ranges(open_shard or self._shard, self.shard[rows], self.offset[rows], self.length[rows])
+        found = [b""] * len(rows)
+        for place, data in zip(order.tolist(), read, strict=True):
+            found[place] = data
+        crcs = np.fromiter(map(zlib.crc32, found), np.uint32, len(found))
+        for bad in numbers[crcs != self.crc[numbers]][:1].tolist():
+            raise UserError(
+                f"row {bad} of {shown(self.address(int(self.shard[bad])))} is not what the index says:"
+                f" the shard was damaged or replaced; put it back, or {AGAIN}"
+            )
+        return found
+
+    def decode(
+        self,
+        encoded: Sequence[bytes],
+        row_numbers: ArrayLike,
+        out: NDArray[np.uint8],
+        places: Iterable[int],
+        *,
+        scaled: bool = False,
+    ) -> None:
+        """Write the image that each of `encoded` holds to out[place], `out` being uint8 (n, S, S, 3) of any strides.
+
+        UserError that names the row (of `row_numbers`) which does not decode. How: `image.decoder`.
+        """
+        stored = self.info.resize == "square" and out.shape[1] == self.image_size
+        read = image.decoder(
+            self.info.codec, None if stored else out.shape[1], self.info.filter, scaled=scaled
+        )
+        for i, (place, data) in enumerate(zip(places, encoded, strict=True)):
             try:
-                out[i] = image.decode(data)
+                out[place] = read(data)
+            except MemoryError:
+                raise
             except Exception as error:
-                shard = self.path / self.info.shards[int(self.shard[numbers[i]])].file
+                row = int(np.asarray(row_numbers)[i])
                 raise UserError(
-                    f"row {numbers[i]} in {shard} does not decode ({error}); see `ssl-diversity data verify"
-                    f" {self.path.name}`"
+                    f"row {row} in {shown(self.address(int(self.shard[row])))} does not decode ({error});"
+                    f" see `ssl-diversity data verify {self.path.name}`"
                 ) from None
+
+    def images(self, row_numbers: ArrayLike, size: int | None = None) -> NDArray[np.uint8]:
+        """uint8 (n, S, S, 3); S is `size`, by default the pool's own, which only a pool of squares has."""
+        numbers = np.asarray(row_numbers, dtype=np.int64)
+        side = size or self.square_size
+        out = np.empty((len(numbers), side, side, 3), np.uint8)
+        self.decode(self.read_bytes(numbers), numbers, out, range(len(numbers)))
         return out
+
+    @property
+    def square_size(self) -> int:
+        """Side of the pool's images, pixels; UserError where they differ."""
+        if self.info.resize != "square":
+            raise UserError(f"pool {self.path.name} keeps images of different sizes; say image_size")
+        return self.image_size
 
     def provenance(self, row: int) -> dict[str, Any]:
         """What its maker noted about one row of a generated pool; {} where nothing was."""
@@ -294,21 +364,3 @@ def overlap(pool: Pool, n: int, replicates: Sequence[int]) -> float:
         behind = pool.size - ahead
         shared.append((max(0, n - ahead) + (max(0, n - behind) if ahead else 0)) / n)
     return float(np.mean(shared)) if shared else 0.0
-
-
-def leaked(test_pool: Pool, pool: Pool, rows: Rows) -> int:
-    """How many test images have an exact copy (equal source pixels) among `rows` of `pool`."""
-    test = [bytes(row) for row in test_pool.content]
-    heads = np.unique(_heads(np.asarray(test_pool.content)))
-    copies: set[bytes] = set()
-    wanted = set(test)
-    for chunk in rows.chunks():
-        content = pool.content[chunk]
-        candidates = content[np.isin(_heads(content), heads)]
-        copies.update(wanted.intersection(bytes(row) for row in candidates))
-    return sum(row in copies for row in test)
-
-
-def _heads(content: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The first 64 bits of each hash: enough to find candidates."""
-    return np.ascontiguousarray(content[:, :8]).view(np.uint64)[:, 0]

@@ -1,41 +1,46 @@
 """`prepare`: an external sort that shuffles, deduplicates and encodes any source into a pool.
 
-Parts of the source are decoded by worker processes into sorted runs, kept when finished; one streaming
-merge of the runs writes the pool. Rows come in ascending (keyed hash of content, source name), so the
-result does not depend on the source's form, the number of processes, or kills (DESIGN 4.1).
+Parts of the source are decoded by worker processes into sorted runs, kept when finished (decoding.py, runs.py); their
+merge, a range of keys at a time, decides what stays (selection.py) and is the pool (writer.py). Rows come in
+ascending (keyed hash of content, label, name), so the result does not depend on the source's form, the number of
+processes, or kills (DESIGN 4.1).
 """
 
-import hashlib
 import json
-import multiprocessing
-import os
-import re
 import shutil
-import threading
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ssl_diversity import files
+import numpy as np
+
 from ssl_diversity.config import validate
-from ssl_diversity.data import image, recipes
+from ssl_diversity.data import image, near, recipes
 from ssl_diversity.data.config import PrepareSpec
+from ssl_diversity.data.decoding import (
+    INTERPRETER_BYTES,
+    Decoded,
+    Decoder,
+    decode_all,
+    near_bytes,
+    resident_bytes,
+    share,
+)
+from ssl_diversity.data.holdout import TestSplit
 from ssl_diversity.data.pool import Pool
-from ssl_diversity.data.runs import Record, merge, write_run
-from ssl_diversity.data.selection import ENTRY, Selection
+from ssl_diversity.data.runs import Runs
+from ssl_diversity.data.selection import Selection
 from ssl_diversity.data.sources import source_class
-from ssl_diversity.data.sources.base import Part, Source
+from ssl_diversity.data.sources.base import Source
+from ssl_diversity.data.table import Keys
 from ssl_diversity.data.writer import building, locked, publish, reporting_full_disk, write_pool
-from ssl_diversity.errors import Interrupted, UserError
+from ssl_diversity.errors import UserError
 from ssl_diversity.runtime import Runtime
 
 __all__ = ["prepare", "write_pool"]
 
-_PART_ITEMS = 2000  # at most: what a kill can cost each process
+_PART_ITEMS = 8192  # at most, of a form that can be cut anywhere: what a kill can cost each process
+_LEAST_PART_ITEMS, _PARTS = 1000, 256  # smaller sets are cut so that many processes have work
+_EXCLUDING = {"resize", "size", "filter", "codec", "quality", "seed", "near_duplicates"}  # as the pool's own
 
 
 def prepare(
@@ -48,34 +53,49 @@ def prepare(
     """The pool of `spec`: made now, or at once if it is there already.
 
     Killed and called again, it reuses the parts that were finished. Two callers at once: one works, the
-    other waits. `memory_bytes` bounds what the processes hold of the images together. Raises UserError for
-    what is wrong with the source, a full disk or an empty result; Interrupted when `runtime.stop()`.
+    other waits. `memory_bytes` bounds the memory of all processes together, interpreters included but not what
+    the caller holds besides (fewer than `processes` run where it does not carry them). Raises UserError for what
+    is wrong with the source, too little memory, a full disk or an empty result; Interrupted when `runtime.stop()`.
     """
     directory = spec.directory
     if (directory / "pool.json").exists():
         return Pool.open(directory)
+    share(processes, memory_bytes)
     excluded = _excluded(spec, processes, memory_bytes, runtime)
     with reporting_full_disk(directory), locked(directory, runtime):
         if (directory / "pool.json").exists():
             return Pool.open(directory)
         work = directory.with_name(f".{directory.name}.work")
         work.mkdir(exist_ok=True)
+        for leftover in work.glob(".*.tmp"):  # of a kill
+            leftover.unlink()
+        before_bytes = resident_bytes()
         source = _open(spec, work)
+        source.runtime = runtime
         holdout = _holdout(spec, source)
-        parts = list(source.parts(spec.split, _part_items(spec.size, processes, memory_bytes)))
-        sorting = partial(_sort_part, work, spec)
-        summaries = [files.read_json(path) for path in _sort_all(parts, sorting, processes, runtime)]
-        runs = [work / f"{summary['run']}.run" for summary in summaries]
-        selection = Selection(spec, excluded)
+        total = sum(len(part) for part in source.parts(spec.split, _PART_ITEMS))
+        parts = source.parts(spec.split, min(_PART_ITEMS, max(_LEAST_PART_ITEMS, total // _PARTS)))
+        held_bytes = max(0, resident_bytes() - before_bytes)
+        processes, run_bytes = share(processes, memory_bytes, held_bytes)
+        decoded = decode_all(parts, total, Decoder(work, spec, run_bytes), processes, runtime)
+        runs = Runs(work, decoded.runs, near_bytes(spec))
+        selection = Selection(spec, runs, work, memory_bytes - held_bytes - INTERPRETER_BYTES, runtime)
+        if excluded:
+            selection.excluded = Keys.of(
+                [
+                    image.keyed_hash(spec.seed, content.tobytes())
+                    for pool in excluded
+                    for content in pool.content
+                ]
+            )
         if holdout and spec.split != "all":
-            selection.hold_out(holdout, merge(runs, work, memory_bytes))
-        if spec.deduplicate:
-            resized = [work / f"{summary['run']}.resized" for summary in summaries]
-            selection.find_equal_after_resize(merge(resized, work, memory_bytes))
-        selection.undecodable(summaries)
-        with building(directory, spec.codec, spec.shard_bytes) as writer:
-            selection.write(merge(runs, work, memory_bytes), writer, runtime)
-            pool = publish(writer, directory, selection.dropped, _info(spec, source, selection, summaries))
+            selection.test = TestSplit(holdout, len(source.classes), selection.distinct)
+        selection.compare(_described(excluded) if excluded and spec.near_duplicates else None)
+        options = {"near_duplicates": spec.near_duplicates}
+        with building(directory, spec.codec, spec.shard_bytes, **options) as writer:
+            selection.write(writer, max(total, decoded.read))
+            counts = {**source.counts, **selection.counts, "kept": writer.rows}
+            pool = publish(writer, directory, _info(spec, source, decoded, counts))
         shutil.rmtree(work)
         return pool
 
@@ -102,153 +122,37 @@ def _holdout(spec: PrepareSpec, source: Source) -> float:
     return holdout
 
 
-def _part_items(size: int, processes: int, memory_bytes: int) -> int:
-    item_bytes = 3 * size * size + 4096
-    return max(1, min(_PART_ITEMS, memory_bytes // (2 * processes * item_bytes)))
+def _excluded(spec: PrepareSpec, processes: int, memory_bytes: int, runtime: Runtime) -> list[Pool]:
+    """The test sets of `spec.exclude`, prepared as the pool is."""
+    tests = [
+        recipes.downstream(name, {}, defaults=spec.model_dump(include=_EXCLUDING))[1] for name in spec.exclude
+    ]
+    return [prepare(t, processes=processes, memory_bytes=memory_bytes, runtime=runtime) for t in tests]
 
 
-def _excluded(spec: PrepareSpec, processes: int, memory_bytes: int, runtime: Runtime) -> set[bytes]:
-    """Keyed hashes of the test images of the sets in `spec.exclude`."""
-    encoding = spec.model_dump(include={"size", "filter", "codec", "quality", "seed"})
-    found: set[bytes] = set()
-    for name in spec.exclude:
-        test = recipes.downstream(name, {}, defaults=encoding)[1]
-        pool = prepare(test, processes=processes, memory_bytes=memory_bytes, runtime=runtime)
-        found.update(image.keyed_hash(spec.seed, bytes(content)) for content in pool.content)
-    return found
-
-
-# Sorting: parts to runs, in worker processes
-
-
-def _sort_part(work: Path, spec: PrepareSpec, part: Part) -> Path:
-    """Decode a part into its run, the run of its images as resized, and last a summary; reuse finished ones."""
-    name = files.digest([part.key(), spec.model_dump(include={"size", "filter", "codec", "quality", "seed"})])
-    summary = work / f"{name}.json"
-    if summary.exists():
-        return summary
-    records, resized_records, undecodable = [], [], []
-    digest_sum = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, about odd metadata
-        for item in part:
-            try:
-                pixels = image.decode_source(item.image) if isinstance(item.image, bytes) else item.image
-            except MemoryError:
-                raise
-            except Exception as error:  # PIL raises nearly anything for bytes that are no image
-                undecodable.append([item.name, _reason(error)])
-                continue
-            content = image.content_hash(pixels)
-            fitted = image.fit(pixels, spec.size, spec.filter)
-            resized = image.content_hash(fitted)
-            key = image.keyed_hash(spec.seed, content)
-            source_name = item.name.encode("utf-8", "surrogateescape")
-            encoded = image.encode(fitted, spec.codec, spec.quality)
-            records.append(Record(key, source_name, ENTRY.pack(content, resized, item.label) + encoded))
-            resized_records.append(Record(resized, key, b""))
-            digest_sum += _digest_of(source_name, item.label, content)
-    write_run(work / f"{name}.run", sorted(records))
-    write_run(work / f"{name}.resized", sorted(resized_records))
-    files.write_json(
-        summary,
-        {"run": name, "read": len(part), "undecodable": undecodable, "digest_sum": f"{digest_sum:x}"},
+def _described(pools: list[Pool]) -> near.Described:
+    return near.Described(
+        np.concatenate([pool.signature for pool in pools]), np.concatenate([pool.thumbnail for pool in pools])
     )
-    return summary
 
 
-def _reason(error: Exception) -> str:
-    """One line, the same in every run: without the addresses of objects."""
-    text = re.sub(r" <[^<>]* at 0x[0-9a-f]+>", "", str(error))
-    return f"{type(error).__name__}: {' '.join(text.split())}"
-
-
-def _digest_of(name: bytes, label: int, content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(name + f"\0{label}\0".encode() + content, digest_size=16).digest())
-
-
-def _sort_all(parts: list[Part], sort_part: Any, processes: int, runtime: Runtime) -> list[Path]:
-    total = sum(map(len, parts))
-    done = 0
-    summaries: dict[int, Path] = {}
-    for i, path in _mapped(sort_part, parts, processes, runtime):
-        summaries[i] = path
-        done += len(parts[i])
-        runtime.progress(done, total)
-    return [summaries[i] for i in range(len(parts))]
-
-
-def _mapped(function: Any, parts: list[Part], processes: int, runtime: Runtime) -> Iterator[tuple[int, Path]]:
-    """(index, function(part)) as they finish, in this process or in `processes` others."""
-
-    def check() -> None:
-        if runtime.stop():
-            raise Interrupted("stopped while preparing; finished parts are kept")
-
-    if processes <= 1 or len(parts) <= 1:
-        for i, part in enumerate(parts):
-            check()
-            yield i, function(part)
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
-    try:
-        pending = {executor.submit(function, part): i for i, part in enumerate(parts)}
-        while pending:
-            check()
-            for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                yield pending.pop(future), future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"a worker process was killed (out of memory?) while preparing; use fewer than processes={processes}"
-            " or a smaller memory_bytes, and run it again: finished parts are kept"
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed ends too, instead of waiting for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-_COUNTS = (
-    "read",
-    "undecodable",
-    "duplicate",
-    "conflict",
-    "duplicate_after_resize",
-    "excluded",
-    "held_out",
-    "over_max",
-)
-
-
-def _info(
-    spec: PrepareSpec, source: Source, selection: Selection, summaries: list[dict[str, Any]]
-) -> dict[str, Any]:
-    digest_sum = sum(int(summary["digest_sum"], 16) for summary in summaries) % (1 << 128)
+def _info(spec: PrepareSpec, source: Source, decoded: Decoded, counts: dict[str, int]) -> dict[str, Any]:
     return {
         "name": spec.name,
         "source": spec.source,
         "spec": json.loads(spec.model_dump_json()),
         "spec_digest": spec.digest,
-        "counts": {name: selection.counts[name] for name in (*_COUNTS, "kept")},
+        "counts": counts,
         "classes": source.classes,
-        "image_size": spec.size,
+        "resize": spec.resize,
+        "image_size": 0 if spec.resize == "none" else spec.size,
         "filter": spec.filter,
         "codec": spec.codec,
         "quality": spec.quality,
         "seed": spec.seed,
         "origin": spec.origin,
         "terms": spec.terms,
-        "source_digest": f"{digest_sum:032x}",
-        "real_images": selection.counts["kept"],
+        "source_digest": f"{decoded.digest_sum:032x}",
+        "near_duplicates": spec.near_duplicates,
+        "real_images": counts["kept"],
     }

@@ -10,18 +10,20 @@ from PIL import Image
 from ssl_diversity.data.pool import Pool
 
 _GAP = 2  # pixels between images
+_SIDE = 96  # pixels of an image whose pool resizes none
 
 
 def contact_sheet(pool: Pool, n: int = 64) -> bytes:
     """PNG of the first `n` images (a pool's order is random) in a near-square grid on white."""
-    images = pool.images(np.arange(min(n, pool.size)))
+    size = pool.image_size or _SIDE
+    images = pool.images(np.arange(min(n, pool.size)), size)
     columns = math.ceil(math.sqrt(len(images)))
-    step = pool.image_size + _GAP
+    step = size + _GAP
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * step + _GAP, columns * step + _GAP, 3), 255, np.uint8)
     for i, pixels in enumerate(images):
         y, x = i // columns * step + _GAP, i % columns * step + _GAP
-        sheet[y : y + pool.image_size, x : x + pool.image_size] = pixels
+        sheet[y : y + size, x : x + size] = pixels
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "png")
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ssl_diversity.data import image
 from ssl_diversity.data.config import Shard
-from ssl_diversity.data.pool import Pool
+from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool
 from ssl_diversity.data.writer import file_digest
 from ssl_diversity.errors import UserError
 
@@ -20,7 +21,7 @@ def verify(
     """Every difference found, each naming its file; [] for a whole pool. `progress` counts rows.
 
     Rechecks checksums of shards, index and list of dropped images, the chained digests against the index,
-    the index against the members of each shard, and that each row decodes to the pool's size.
+    the index against the members of each shard, and that each row decodes to a size of the pool.
     """
     try:
         pool = Pool.open(pool.path if isinstance(pool, Pool) else pool)
@@ -35,9 +36,8 @@ def verify(
             problems.append(f"{path}: checksum differs")
     try:
         problems += _chain(pool)
-        columns: Pool | None = (
-            pool if pool.label.size + pool.shard.size + pool.offset.size + pool.length.size else None
-        )
+        names = [*COLUMNS, *(OPTIONAL_COLUMNS if pool.info.near_duplicates else ())]
+        columns: Pool | None = pool if all(len(getattr(pool, name)) == pool.size for name in names) else None
     except UserError:
         columns = None  # its file is named above
     row = 0
@@ -80,16 +80,26 @@ def _members(pool: Pool, path: Path, number: int, shard: Shard, row: int) -> lis
             if suffix == "cls":
                 if int(data.read()) != pool.label[row - 1]:
                     problems.append(f"{member.name}: label differs from the index")
-            elif suffix == image.SUFFIX[pool.info.codec]:
+            elif suffix != "json":
                 place = (pool.shard[row], pool.offset[row], pool.length[row]) if row < end else None
                 if int(key) != row or place != (number, member.offset_data, member.size):
                     return [*problems, f"{member.name}: not where the index says"]
-                try:
-                    shape = image.decode(data.read()).shape
-                except Exception as error:
-                    problems.append(f"{member.name}: does not decode ({error})")
-                else:
-                    if shape != (pool.image_size, pool.image_size, 3):
-                        problems.append(f"{member.name}: has shape {shape}")
+                problems += [f"{member.name}: {problem}" for problem in _image(pool, row, data.read())]
                 row += 1
     return problems if row == end else [*problems, f"{end - row} rows are missing"]
+
+
+def _image(pool: Pool, row: int, data: bytes) -> list[str]:
+    if zlib.crc32(data) != pool.crc[row]:
+        return ["checksum differs from the index"]
+    try:
+        pixels = image.decode_source(data)
+    except Exception as error:
+        return [f"does not decode ({error})"]
+    shape = pixels.shape
+    as_they_were = pool.info.resize == "none" and pool.info.codec != "jpeg"
+    if as_they_were and image.content_hash(pixels) != pool.content[row].tobytes():
+        return ["its pixels are not those that the index has the hash of"]
+    square = (pool.image_size, pool.image_size, 3)
+    fits = {"square": shape == square, "short": min(shape[:2]) <= pool.image_size, "none": True}
+    return [] if fits[pool.info.resize] else [f"has shape {shape}"]

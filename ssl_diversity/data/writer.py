@@ -1,51 +1,61 @@
 """Writing a pool: WebDataset tar shards, index columns, pool.json last, all in a folder renamed at the end."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from ssl_diversity import files
 from ssl_diversity.config import Config, validate
 from ssl_diversity.data import image
 from ssl_diversity.data.config import Codec, Filter, PoolInfo, Shard
-from ssl_diversity.data.pool import COLUMNS, Pool, padded
+from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool, padded
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.runtime import Runtime
 
 _LOCK_POLL_S = 0.2
+_PENDING_ROWS = 8192  # whose index waits in memory
 
 
 class ShardWriter:
     """Appends rows to the shards and index columns of a pool's folder, in order and in bounded memory."""
 
-    def __init__(self, folder: Path, codec: str, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, codec: str, shard_bytes: int, *, near_duplicates: bool = False) -> None:
         self.folder = folder
-        self.suffix = image.SUFFIX[codec]
+        self.codec = codec
         self.shard_bytes = shard_bytes
+        self.near = tuple(OPTIONAL_COLUMNS) if near_duplicates else ()
         self.rows = 0
         self.shards: list[Shard] = []
         self.chain = hashlib.blake2b(digest_size=16)
         (folder / "shards").mkdir(parents=True)
         (folder / "index").mkdir()
-        self.columns = {name: (folder / "index" / f"{name}.npy").open("wb+") for name in COLUMNS}
-        for name in COLUMNS:
+        self.dropped = (folder / "dropped.jsonl").open("wb")
+        self.columns = {
+            name: (folder / "index" / f"{name}.npy").open("wb+") for name in (*COLUMNS, *self.near)
+        }
+        self._pending: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for name in self.columns:
             self._column_header(name)
         self._open_shard()
 
     def _open_shard(self) -> None:
         self.path = self.folder / "shards" / f"{len(self.shards):06d}.tar"
-        self.file = self.path.open("wb")
+        self.file = self.path.open("wb", 1 << 18)
         self.hash = hashlib.blake2b(digest_size=16)
         self.position = 0
         self.first_row = self.rows
@@ -55,35 +65,56 @@ class ShardWriter:
         self.hash.update(data)
         self.position += len(data)
 
-    def _member(self, suffix: str, data: bytes) -> None:
-        member = tarfile.TarInfo(f"{self.rows:09d}.{suffix}")
-        member.size = len(data)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        self._write(data + bytes(padded(len(data)) - len(data)))
+    def _member(self, suffix: str, data: bytes | memoryview) -> None:
+        header = tar_header(f"{self.rows:09d}.{suffix}".encode(), len(data))
+        self._write(b"".join((header, data, bytes(padded(len(data)) - len(data)))))
 
     def add(
-        self, content: bytes, label: int, encoded: bytes, provenance: Mapping[str, Any] | None = None
+        self,
+        content: bytes,
+        label: int,
+        encoded: bytes | memoryview,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """The next row: hash of the source pixels, class number or -1, encoded image."""
         if self.position >= self.shard_bytes:
             self._close_shard()
             self._open_shard()
-        row = {
-            "label": label,
-            "content": np.frombuffer(content, np.uint8),
-            "shard": len(self.shards),
-            "offset": self.position + 512,
-            "length": len(encoded),
-        }
-        for name, value in row.items():
-            self.columns[name].write(np.asarray(value, COLUMNS[name][0]).tobytes())
+        place = (label, content, len(self.shards), self.position + 512, len(encoded), zlib.crc32(encoded))
+        for column, value in zip(self._pending.values(), place, strict=True):
+            column.append(value)
         self.chain.update(content + label.to_bytes(4, "little", signed=True))
-        self._member(self.suffix, encoded)
+        self._member(
+            image.suffix(bytes(encoded)) if self.codec == "original" else image.SUFFIX[self.codec], encoded
+        )
         if label >= 0:
-            self._member("cls", str(label).encode())
+            self._member("cls", b"%d" % label)
         if provenance is not None:
             self._member("json", json.dumps(provenance, sort_keys=True).encode())
         self.rows += 1
+        if len(self._pending["label"]) >= _PENDING_ROWS:
+            self._write_columns()
+
+    def add_all(self, rows: NDArray[Any], encoded: Sequence[memoryview]) -> None:
+        """The next rows: fields `content`, `label` and those of the near columns, and their encoded images."""
+        content = np.ascontiguousarray(rows["content"]).tobytes()
+        for i, (label, data) in enumerate(zip(rows["label"].tolist(), encoded, strict=True)):
+            self.add(content[16 * i : 16 * i + 16], label, data)
+        for name in self.near:
+            self.columns[name].write(np.ascontiguousarray(rows[name]).data)
+
+    def drop(self, cause: str, name: Any, **details: Any) -> None:
+        """A line of dropped.jsonl."""
+        self.dropped.write(
+            (json.dumps({"cause": cause, "name": name, **details}, sort_keys=True) + "\n").encode()
+        )
+
+    def _write_columns(self) -> None:
+        for name, values in self._pending.items():
+            dtype = COLUMNS[name][0]
+            data = b"".join(values) if name == "content" else np.array(values, dtype).tobytes()
+            self.columns[name].write(data)
+            values.clear()
 
     def _close_shard(self) -> None:
         self._write(bytes(1024))
@@ -99,21 +130,37 @@ class ShardWriter:
         )
 
     def _column_header(self, name: str) -> None:
-        dtype, row_shape = COLUMNS[name]
+        dtype, row_shape = {**COLUMNS, **OPTIONAL_COLUMNS}[name]
         header = {"descr": dtype, "fortran_order": False, "shape": (self.rows, *row_shape)}
         np.lib.format.write_array_header_1_0(self.columns[name], header)  # numpy pads it, so that it may grow
 
-    def close(self) -> None:
+    def close(self) -> list[str]:
+        """Finish shards, columns and the list of dropped images; the files beside the shards."""
         self._close_shard()
+        self._write_columns()
         for name, file in self.columns.items():
             file.seek(0)
             self._column_header(name)
             _close_synced(file)
+        _close_synced(self.dropped)
+        return [*(f"index/{name}.npy" for name in self.columns), "dropped.jsonl"]
 
     def abandon(self) -> None:
-        for file in (self.file, *self.columns.values()):
+        for file in (self.file, self.dropped, *self.columns.values()):
             with contextlib.suppress(OSError):
                 file.close()
+
+
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_MODE, _TIME, _REST = _HEADER[100:124], _HEADER[135:148], _HEADER[156:]  # around name, size and checksum
+_SUM = sum(_MODE + _TIME + _REST) + 8 * ord(" ")
+
+
+def tar_header(name: bytes, size: int) -> bytes:
+    """As `tarfile` makes it of a name of up to 100 bytes and a size below 8 GiB, at a tenth of its cost."""
+    octal = b"%011o" % size
+    checksum = b"%06o\0 " % (_SUM + sum(name) + sum(octal))
+    return b"".join((name.ljust(100, b"\0"), _MODE, octal, _TIME, checksum, _REST))
 
 
 def _close_synced(file: BinaryIO) -> None:
@@ -155,11 +202,13 @@ def locked(directory: Path, runtime: Runtime) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def building(directory: Path, codec: str, shard_bytes: int) -> Iterator[ShardWriter]:
+def building(
+    directory: Path, codec: str, shard_bytes: int, *, near_duplicates: bool = False
+) -> Iterator[ShardWriter]:
     """A writer into a hidden folder beside `directory`, which vanishes unless `publish` renames it."""
     build = directory.with_name(f".{directory.name}.build")
     shutil.rmtree(build, ignore_errors=True)
-    writer = ShardWriter(build, codec, shard_bytes)
+    writer = ShardWriter(build, codec, shard_bytes, near_duplicates=near_duplicates)
     try:
         yield writer
     finally:
@@ -167,17 +216,11 @@ def building(directory: Path, codec: str, shard_bytes: int) -> Iterator[ShardWri
         shutil.rmtree(build, ignore_errors=True)
 
 
-def publish(
-    writer: ShardWriter, directory: Path, dropped: Iterable[Mapping[str, Any]], info: dict[str, Any]
-) -> Pool:
-    """Finish a pool: columns, dropped.jsonl, pool.json, then the rename that makes it exist."""
+def publish(writer: ShardWriter, directory: Path, info: dict[str, Any]) -> Pool:
+    """Finish a pool: shards, columns, dropped.jsonl, pool.json, then the rename that makes it exist."""
     if writer.rows == 0:
         raise UserError(f"pool {info['name']!r}: not one image is left to keep; counts: {info['counts']}")
-    writer.close()
-    with (writer.folder / "dropped.jsonl").open("wb") as file:
-        file.writelines((json.dumps(line, sort_keys=True) + "\n").encode() for line in dropped)
-        _close_synced(file)
-    checked = [*(f"index/{name}.npy" for name in COLUMNS), "dropped.jsonl"]
+    checked = writer.close()
     finished = {
         **info,
         "size": writer.rows,
@@ -232,24 +275,23 @@ def write_pool(
         if (path / "pool.json").exists():
             return Pool.open(path)
         with building(path, fields.codec, shard_bytes) as writer:
-            counts, dropped, source_digest = _add_rows(writer, fields, rows, total, runtime)
+            counts, source_digest = _add_rows(writer, fields, rows, total, runtime)
             info = {
                 **fields.model_dump(),
                 "spec_digest": files.digest(fields.spec),
                 "source_digest": source_digest,
                 "counts": counts,
             }
-            return publish(writer, path, dropped, info)
+            return publish(writer, path, info)
 
 
 def _add_rows(
     writer: ShardWriter, fields: PoolFields, rows: Any, total: int, runtime: Runtime
-) -> tuple[dict[str, int], Sequence[Mapping[str, Any]], str]:
+) -> tuple[dict[str, int], str]:
     counts = dict.fromkeys(
         ("read", "undecodable", "duplicate", "duplicate_after_resize", "excluded", "kept"), 0
     )
-    dropped: list[dict[str, Any]] = []
-    seen: dict[str, dict[bytes, int]] = {"duplicate": {}, "duplicate_after_resize": {}}
+    seen = _Seen(writer.folder / "seen.db")
     source = hashlib.blake2b(digest_size=16)
     for pixels, label, provenance in rows() if callable(rows) else rows:
         if runtime.stop():
@@ -258,17 +300,52 @@ def _add_rows(
         content = image.content_hash(pixels)
         source.update(content)
         hashes = {"duplicate": content, "duplicate_after_resize": image.content_hash(fitted)}
-        cause = next((cause for cause, key in hashes.items() if key in seen[cause]), None)
+        found = ((cause, seen.get(cause, key)) for cause, key in hashes.items())
+        cause, earlier = next(
+            ((cause, number) for cause, number in found if number is not None), (None, None)
+        )
         if cause:
-            earlier = seen[cause][hashes[cause]]
-            dropped.append(
-                {"cause": cause, "name": counts["read"], "kept": earlier, "provenance": provenance}
-            )
+            writer.drop(cause, counts["read"], kept=earlier, provenance=provenance)
         else:
             writer.add(content, label, image.encode(fitted, fields.codec, fields.quality), provenance)
             for kind, key in hashes.items():
-                seen[kind][key] = counts["read"]
+                seen.add(kind, key, counts["read"])
         counts["read"] += 1
         counts[cause or "kept"] += 1
         runtime.progress(counts["read"], max(total, counts["read"]))
-    return counts, dropped, source.hexdigest()
+    seen.close()
+    return counts, source.hexdigest()
+
+
+class _Seen:
+    """The first row that had a hash, in a file: a dict of 10^7 rows takes gigabytes of memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.database = sqlite3.connect(path, isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode = OFF",  # the file is of no use after a kill
+            "PRAGMA synchronous = OFF",
+            "CREATE TABLE seen (kind TEXT, hash BLOB, row INTEGER, PRIMARY KEY (kind, hash)) WITHOUT ROWID",
+            "BEGIN",
+        ):
+            self._run(statement)
+
+    def _run(self, statement: str, *values: Any) -> list[tuple[int]]:
+        try:
+            return self.database.execute(statement, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+    def get(self, kind: str, key: bytes) -> int | None:
+        rows = self._run("SELECT row FROM seen WHERE kind = ? AND hash = ?", kind, key)
+        return rows[0][0] if rows else None
+
+    def add(self, kind: str, key: bytes, row: int) -> None:
+        self._run("INSERT INTO seen VALUES (?, ?, ?)", kind, key, row)
+
+    def close(self) -> None:
+        self.database.close()
+        self.path.unlink()

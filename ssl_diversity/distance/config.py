@@ -4,12 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ssl_diversity.config import Config
+from ssl_diversity.data.subset import PartSpec
 from ssl_diversity.errors import UserError
 
-NUMERICS = 1  # raised when distances or statistics change
+NUMERICS = 2  # raised when distances or statistics change
 RANDOM = "random-resnet"
 TIMM = "timm:"
 
@@ -17,25 +18,34 @@ Resize = Literal["bicubic", "bilinear"]
 
 
 class DistanceSpec(Config):
-    """The first `n` of `rows_count` rows of a pool from `rows_start`, against the reference's first `n`.
+    """The n rows of `parts` (of one pool, or of a mixture's), against the first n images of the reference.
 
-    `pool`, `rows_start` and `reference_pool` say where the images are; the digests, in row order, what they are.
+    `parts` and `reference_pool` say where the images are; the digests, in row order, what they are.
     """
 
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"pool", "rows_start", "reference_pool"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"parts", "reference_pool"})
 
-    pool: str
-    rows_start: int = Field(0, ge=0)
-    rows_count: int = Field(ge=1)
+    parts: tuple[PartSpec, ...] = Field(min_length=1)
     rows_digest: str
     reference_pool: str
     reference_digest: str
-    n: int = Field(ge=2)
     extractor: str = RANDOM  # random-resnet | timm:NAME | timm:NAME:WEIGHTS | path of a cell's weights.pt
     extractor_digest: str = ""  # of the weights file, if the extractor names one
     resize: Resize = "bicubic"
     bins: int = Field(1000, ge=2, le=100_000)
     seed: int = 0  # of the random extractor's weights
+
+    @property
+    def n(self) -> int:
+        return sum(part.rows_count for part in self.parts)
+
+    @model_validator(mode="after")
+    def _several(self) -> "DistanceSpec":
+        if self.n < 2:
+            raise ValueError(
+                f"n={self.n}: a distance is one of distributions; give at least 2 images of each set"
+            )
+        return self
 
 
 def weights_file(extractor: str) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.subset import Subset
 from ssl_diversity.distance.cache import cached
 from ssl_diversity.distance.config import NUMERICS, DistanceSpec, extractor_digest
 from ssl_diversity.distance.diversity import effective_rank_of, vendi_of
@@ -33,11 +34,12 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     Raises UserError where n is more than a side has, or the files are not those that were planned.
     """
     runtime.set_threads()
-    pool, reference = Pool.open(spec.pool), Pool.open(spec.reference_pool)
-    _check(spec, pool, reference)
+    source, reference = Subset.open(spec.parts, spec.rows_digest, "distance"), Pool.open(spec.reference_pool)
+    _check(spec, reference)
+    size, *sizes = measured_sizes(reference, *(pool for pool, _ in source.parts))
     extractor = load_extractor(
         spec.extractor,
-        image_size=reference.image_size,
+        image_size=size,
         resize=spec.resize,
         seed=spec.seed,
         device=runtime.device,
@@ -45,10 +47,14 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     n, floor_n = spec.n, min(spec.n, reference.size // 2)
     cuts = sorted({0, floor_n, n, 2 * floor_n})
     report = _progress(runtime, total=2 * n + cuts[-1])
-    rows = Rows(spec.rows_start, n, pool.size)
-    mine = statistics(pool, rows, extractor, bins=spec.bins, report=report)
+    mine = merge(
+        statistics(pool, rows, extractor, size=own, bins=spec.bins, report=report)
+        for (pool, rows), own in zip(source.parts, sizes, strict=True)
+    )
     parts = {
-        cut: statistics(reference, _stretch(reference, *cut), extractor, bins=spec.bins, report=report)
+        cut: statistics(
+            reference, _stretch(reference, *cut), extractor, size=size, bins=spec.bins, report=report
+        )
         for cut in pairwise(cuts)
     }
 
@@ -58,19 +64,17 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     theirs = reference_rows(0, n)
     result: dict[str, Any] = {
         "n": n,
-        "extractor": extractor.label(pool.image_size, reference.image_size),
+        "extractor": extractor.label(*sizes, size),
         "frechet": frechet(mine, theirs),
         "visual_dna": visual_dna(mine.counts, theirs.counts),
         "frechet_floor": None,
-        "frechet_noise": frechet(
-            noise_statistics(n, reference.image_size, extractor, bins=spec.bins, report=report), theirs
-        ),
+        "frechet_noise": frechet(noise_statistics(n, size, extractor, bins=spec.bins, report=report), theirs),
         "visual_dna_floor": None,
         "floor_n": floor_n,
         "floor_note": None,
         "vendi": vendi_of(mine.cosine),
         "effective_rank": effective_rank_of(mine.outer),
-        "shared_images": _shared(pool, rows, reference, _stretch(reference, 0, n)),
+        "shared_images": _shared(source, Subset(((reference, _stretch(reference, 0, n)),))),
     }
     if floor_n < n:
         result["floor_note"] = f"the reference has {reference.size} images, fewer than 2n = {2 * n}"
@@ -81,17 +85,40 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
+def measured_sizes(reference: Pool, *pools: Pool) -> list[int]:
+    """The sizes in pixels at which the reference and pools are measured: the reference's, or a smaller one of their own.
+
+    So that images stored larger than they are trained at are seen as cells see them.
+    """
+    first = max(reference.image_size, *(pool.image_size for pool in pools if not reference.image_size), 0)
+    if not first:
+        raise UserError(
+            f"pool {reference.path.name} keeps images of different sizes; prepare it with size=..."
+        )
+    squares = [min(pool.image_size, first) if pool.info.resize == "square" else first for pool in pools]
+    return [first, *squares]
+
+
 def statistics(
-    pool: Pool, rows: Rows, extractor: Extractor, *, bins: int, report: Callable[[int], None] = lambda _: None
+    pool: Pool,
+    rows: Rows,
+    extractor: Extractor,
+    *,
+    bins: int,
+    size: int | None = None,
+    report: Callable[[int], None] = lambda _: None,
 ) -> Statistics:
     """Statistics of `rows` of `pool`: one pass in batches, cached by the rows' contents and the extractor.
+
+    `size` is that of the images in pixels, the pool's own if not given.
 
     `report(images)` is called after each batch, or once where nothing had to be computed; it may raise
     Interrupted.
     """
-    identity = {"rows": pool.rows_digest(rows), "image_size": pool.image_size}
+    size = size or pool.square_size
+    identity = {"rows": pool.rows_digest(rows), "image_size": size}
     return _statistics(
-        lambda i: pool.images(rows[i]), rows.count, identity, extractor, bins=bins, report=report
+        lambda i: pool.images(rows[i], size), rows.count, identity, extractor, bins=bins, report=report
     )
 
 
@@ -147,20 +174,15 @@ def _stretch(pool: Pool, start: int, stop: int) -> Rows:
     return Rows(start, stop - start, pool.size)
 
 
-def _check(spec: DistanceSpec, pool: Pool, reference: Pool) -> None:
-    for what, have in (
-        (f"rows of {pool.name}", spec.rows_count),
-        (f"images of {reference.name}", reference.size),
-    ):
-        if spec.n > have:
-            raise UserError(f"distance n={spec.n}: there are only {have} {what}; lower n to {have} or less")
-    planned = spec.rows_digest, spec.reference_digest, spec.extractor_digest
-    found = (
-        pool.rows_digest(Rows(spec.rows_start, spec.rows_count, pool.size)),
-        reference.digest,
-        extractor_digest(spec.extractor),
-    )
-    for name, a, b in zip((spec.pool, spec.reference_pool, spec.extractor), planned, found, strict=True):
+def _check(spec: DistanceSpec, reference: Pool) -> None:
+    if spec.n > reference.size:
+        raise UserError(
+            f"distance n={spec.n}: there are only {reference.size} images of {reference.name};"
+            f" lower n to {reference.size} or less"
+        )
+    planned = spec.reference_digest, spec.extractor_digest
+    found = reference.digest, extractor_digest(spec.extractor)
+    for name, a, b in zip((spec.reference_pool, spec.extractor), planned, found, strict=True):
         if a != b:
             raise UserError(
                 f"{name}: changed since this distance was planned ({a or 'none'} to {b}); plan again"
@@ -180,10 +202,10 @@ def _progress(runtime: Runtime, total: int) -> Callable[[int], None]:
     return report
 
 
-def _shared(pool: Pool, rows: Rows, reference: Pool, reference_rows: Rows) -> int:
-    """How many of `rows` have the content of one of `reference_rows`."""
+def _shared(source: Subset, reference: Subset) -> int:
+    """How many images of `source` have the content of one of `reference`."""
     mine, theirs = (
-        np.ascontiguousarray(p.content[r.numbers()]).view("V16").ravel()
-        for p, r in ((pool, rows), (reference, reference_rows))
+        np.concatenate([pool.content[rows.numbers()] for pool, rows in subset.parts]).view("V16").ravel()
+        for subset in (source, reference)
     )
     return int(np.isin(mine, theirs).sum())

@@ -15,7 +15,7 @@ from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.config import Probe, ProbeSettings
 from ssl_diversity.evaluation.labels import Labelled, ranks, standardise
 from ssl_diversity.evaluation.logistic import CHOOSING, best_strength, fit, logits, principal_axes
-from ssl_diversity.evaluation.outcome import Outcome, t_interval
+from ssl_diversity.evaluation.outcome import Outcome, as_hits, t_interval
 from ssl_diversity.files import digest
 
 _BLOCK = 1 << 24  # coefficients solved for at once
@@ -35,6 +35,7 @@ def fewshot(data: Labelled, probe: Probe, settings: ProbeSettings, train_digest:
     train, test = standardise(data.train, data.test)
     width = min(rows.shape[1], train.shape[1]) * folds * len(settings.l2) * data.classes
     accuracies, chosen, validation = [], [], []
+    hits = torch.zeros_like(data.test_labels)
     for block in np.array_split(np.arange(len(rows)), max(1, min(len(rows), len(rows) * width // _BLOCK))):
         here = torch.from_numpy(rows[block]).to(train.device)
         fold = torch.from_numpy(fold_of[block]).to(train.device)
@@ -46,8 +47,9 @@ def fewshot(data: Labelled, probe: Probe, settings: ProbeSettings, train_digest:
         coefficients = fit(z, y, torch.ones_like(z[..., :1]), l2, data.classes)
         for i in range(len(block)):  # one at a time: test may be large
             z_test = (test - axes.mean[i]) @ axes.basis[i]
-            predicted = logits(z_test[None], coefficients[i : i + 1])[0, :, 0].argmax(1)
-            accuracies.append(float((predicted == data.test_labels).double().mean()))
+            right = logits(z_test[None], coefficients[i : i + 1])[0, :, 0].argmax(1) == data.test_labels
+            accuracies.append(float(right.double().mean()))
+            hits += right
         chosen += l2[:, 0].tolist()
         validation += held_out.tolist()
     return Outcome(
@@ -56,6 +58,8 @@ def fewshot(data: Labelled, probe: Probe, settings: ProbeSettings, train_digest:
         chosen=float(np.median(chosen)),
         validation_accuracy=float(np.mean(validation)),
         draws=tuple(accuracies),
+        hits=as_hits(hits),
+        trials=len(accuracies),
     )
 
 

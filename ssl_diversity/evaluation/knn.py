@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.config import ProbeSettings
 from ssl_diversity.evaluation.labels import Labelled
-from ssl_diversity.evaluation.outcome import Outcome, wilson
+from ssl_diversity.evaluation.outcome import Outcome, as_hits, wilson
 
 _BLOCK = 1 << 24  # similarities or votes held at once
 
@@ -25,8 +25,9 @@ def knn(data: Labelled, settings: ProbeSettings) -> Outcome:
     votes = knn_votes(
         data.train, data.train_labels, data.test, data.classes, k=k, temperature=settings.knn_temperature
     )
-    correct, n = int((votes.argmax(1) == data.test_labels).sum()), len(data.test)
-    return Outcome(correct / n, *wilson(correct, n))
+    right = votes.argmax(1) == data.test_labels
+    correct, n = int(right.sum()), len(right)
+    return Outcome(correct / n, *wilson(correct, n), hits=as_hits(right))
 
 
 def knn_votes(

@@ -14,7 +14,7 @@ from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.config import ProbeSettings
 from ssl_diversity.evaluation.labels import Labelled, ranks, standardise
 from ssl_diversity.evaluation.logistic import CHOOSING, best_strength, fit, logits, principal_axes
-from ssl_diversity.evaluation.outcome import Outcome, wilson
+from ssl_diversity.evaluation.outcome import Outcome, as_hits, wilson
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ def linear(data: Labelled, settings: ProbeSettings, seed: int) -> Outcome:
     """Accuracy on test with Wilson's interval; `seed` is that of the validation split."""
     train, test = standardise(data.train, data.test)
     chosen = choose(train, data.train_labels, data.classes, settings, seed)
-    predicted = (test @ chosen.weights + chosen.bias).argmax(1)
-    correct, n = int((predicted == data.test_labels).sum()), len(predicted)
-    return Outcome(correct / n, *wilson(correct, n), chosen.l2, chosen.validation_accuracy)
+    right = (test @ chosen.weights + chosen.bias).argmax(1) == data.test_labels
+    correct, n = int(right.sum()), len(right)
+    return Outcome(
+        correct / n, *wilson(correct, n), chosen.l2, chosen.validation_accuracy, hits=as_hits(right)
+    )
 
 
 def choose(x: Tensor, labels: Tensor, classes: int, settings: ProbeSettings, seed: int) -> Chosen:

@@ -19,8 +19,9 @@ def probe(spec: ProbeSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Embed train and test, run all probes, and return JSON-able results; nothing is written to `out`.
 
     "rows" has a dict per probe with `probe`, `accuracy`, `accuracy_low`, `accuracy_high` (95 %), `n_test`,
-    `chance`, `chosen` (L2 strength) and `validation_accuracy`; "draws" the accuracies of each few-shot
-    probe's draws, in the same order for all networks; "effective_rank" is that of the test features.
+    `chance`, `chosen` (L2 strength), `validation_accuracy`, and `hits` of `trials` per test image
+    (`outcome.accuracy_without` reads them); "draws" the accuracies of each few-shot probe's draws, in the same
+    order for all networks; "effective_rank" is that of the test features.
 
     `chance` is 1 / number of classes, the accuracy of uniform guessing. Raises UserError for a downstream
     set that cannot be probed or a network that cannot be loaded.

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ssl_diversity import budget, files
 from ssl_diversity.config import Config, merge, validate
-from ssl_diversity.data.config import NAME, Codec, Filter
+from ssl_diversity.data.config import NAME, Filter
 from ssl_diversity.data.pool import Pool
 from ssl_diversity.errors import UserError
 
@@ -95,7 +95,7 @@ class GenerateSpec(Config):
     sampling: Sampling
     size: Positive
     filter: Filter = "bicubic"
-    codec: Codec = "png"
+    codec: Literal["png", "jpeg"] = "png"
     quality: int = Field(95, ge=1, le=100)
     origin: str = ""
     terms: str = ""
@@ -157,7 +157,7 @@ class GeneratedRecipe(Config):
         assert self.generator is not None
         g = self.generator
         where = f"generator of {self.name!r}"
-        if g.image_size > base.image_size:
+        if g.image_size > base.image_size and base.info.resize != "none":
             raise UserError(
                 f"{where}: image_size={g.image_size} is more than pool {base.name!r} has ({base.image_size})"
             )
@@ -172,7 +172,13 @@ class GeneratedRecipe(Config):
         )
 
     def generate_spec(
-        self, *, size: int, filter: Filter, codec: Codec, quality: int, trained: tuple[str, int] | None = None
+        self,
+        *,
+        size: int,
+        filter: Filter,
+        codec: Literal["png", "jpeg"],
+        quality: int,
+        trained: tuple[str, int] | None = None,
     ) -> GenerateSpec:
         """The generate task, its pool encoded like the sweep's others.
 

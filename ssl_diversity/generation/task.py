@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ssl_diversity import files
 from ssl_diversity.data import image
 from ssl_diversity.data.order import GlobalOrder
-from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import write_pool
 from ssl_diversity.data.reading import open_reader
+from ssl_diversity.data.subset import PartSpec, Subset
 from ssl_diversity.errors import UserError
 from ssl_diversity.generation.config import SOURCE, GenerateSpec, GeneratorSpec, folder_digest, pipeline_class
 from ssl_diversity.runtime import Runtime
@@ -36,16 +37,21 @@ def train_generator(spec: GeneratorSpec, out: Path, runtime: Runtime) -> dict[st
     from ssl_diversity.generation.pipeline import save
 
     runtime.set_threads()
-    pool = Pool.open(spec.pool)
-    rows = Rows(0, spec.rows_count, pool.size)
-    if spec.rows_count > pool.size or pool.rows_digest(rows) != spec.rows_digest:
-        raise UserError(f"pool {spec.pool}: changed since this generator was planned; plan again")
+    part = PartSpec(pool=spec.pool, rows_start=0, rows_count=spec.rows_count)
+    subset = Subset.open([part], spec.rows_digest, "generator")
+    squares = subset.parts[0][0].info.resize == "square"  # else cropped as it is read
+    order = GlobalOrder(spec.rows_count, spec.batch_size, spec.seed, spec.samples)
     module = Diffusion(spec)
     result = loop.fit(
         module,
-        order=GlobalOrder(spec.rows_count, spec.batch_size, spec.seed, spec.samples),
-        reader=open_reader(pool, rows),
-        batch_size=spec.batch_size,
+        order=order,
+        reader=open_reader(
+            subset,
+            image_size=None if squares else spec.image_size,
+            threads=runtime.threads,
+            order=order,
+            runtime=runtime,
+        ),
         out=out,
         runtime=runtime,
         precision=spec.precision,

@@ -11,9 +11,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ssl_diversity.data.pool import Pool, Rows, leaked, overlap
+from ssl_diversity.data.leaks import Leaks, find_leaks
+from ssl_diversity.data.pool import Pool, Rows, overlap
 from ssl_diversity.errors import UserError
-from ssl_diversity.files import read_json, task_dir
+from ssl_diversity.evaluation.outcome import accuracy_without
+from ssl_diversity.files import digest, read_json, task_dir
 from ssl_diversity.report.records import Collected, FailedTask
 from ssl_diversity.report.words import date, scientific
 from ssl_diversity.sweep import store
@@ -41,6 +43,7 @@ SUBSET = {
     "visual_dna_subset": "visual_dna",
 }
 Results = Mapping[tuple[str, str], dict[str, Any]]  # of the tasks that are done, by id
+Parts = tuple[tuple[Pool, Rows], ...]  # of a cell
 
 
 def collect(sweep: SweepConfig) -> Collected:
@@ -78,11 +81,11 @@ def history(key: str) -> list[tuple[int, float]]:
 
 
 def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, Any]]:
-    pool, task, rows, recipe = cell.source.pool, cell.task, cell.rows, cell.recipe
-    assert pool is not None
+    task, recipe, parts = cell.task, cell.recipe, cell.parts
     assert task is not None
-    assert rows is not None
     assert recipe is not None
+    pools = [pool for pool, _ in parts]
+    real = [pool.info.real_images for pool in pools]
     replicates = plan.sweep.seeds if plan.sweep.replicates == "per-seed" else (0,)
     trained = results.get(task.id, {})
     common = {
@@ -92,16 +95,16 @@ def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, An
         "backbone": cell.backbone,
         "recipe": recipe.name,
         "source": cell.source.name,
-        "source_kind": pool.info.source,
-        "pool_digest": pool.digest,
-        "source_real_images": pool.info.real_images,
+        "source_kind": pools[0].info.source if len(pools) == 1 else "mix",
+        "pool_digest": pools[0].digest if len(pools) == 1 else digest([pool.digest for pool in pools]),
+        "source_real_images": None if None in real else sum(filter(None, real)),
         "unique_samples": cell.unique_samples,
         "budget": cell.budget,
         "budget_asked": cell.budget_asked,
         "batch_size": cell.batch_size,
         "seed": cell.seed,
         "replicate": cell.replicate,
-        "overlap": _overlap(pool, rows.count, replicates),
+        "overlap": _overlap(parts, replicates),
         "precision": plan.sweep.precision,
     } | {name: trained.get(name) for name in MEASURED}
     tests = {d.name: d.test for d in plan.downstream}
@@ -113,15 +116,17 @@ def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, An
             results.get(of[name].id, {}) if name in of else {}
             for of in (cell.distances, cell.subset_distances)
         )
+        leaks = _leaks(test, parts)
         measures = {
             "status": _status(task, probe, results),
             "downstream": name,
-            "leaked": _leaked(test, pool, rows),
+            "leaked": int(leaks.exact.sum()),
+            "leaked_near": None if leaks.near is None else int(leaks.near.sum()),
             "distance_n": near.get("n"),
         }
         measures |= {column: near.get(column) for column in NEAR}
         measures |= {column: subset.get(field) for column, field in SUBSET.items()}
-        out += _probe_records(probe, results, common | measures)
+        out += _probe_records(probe, results, common | measures, leaks)
     return out
 
 
@@ -139,15 +144,25 @@ def _baseline_records(sweep: SweepConfig, baseline: Baseline, results: Results) 
     return _probe_records(baseline.task, results, common)
 
 
-def _probe_records(probe: Task, results: Results, common: dict[str, Any]) -> list[dict[str, Any]]:
+def _probe_records(
+    probe: Task, results: Results, common: dict[str, Any], leaks: Leaks | None = None
+) -> list[dict[str, Any]]:
     """One record per probe asked for; without measures where the task is not done."""
     found = {row["probe"]: row for row in results.get(probe.id, {}).get("rows", [])}
     columns = ("accuracy", "accuracy_low", "accuracy_high", "n_test", "chance")
     asked: Sequence[str] = probe.spec.probes  # type: ignore[attr-defined]
     return [
-        {**common, "probe": name} | {column: found.get(name, {}).get(column) for column in columns}
+        {**common, "probe": name, "accuracy_clean": _clean(found[name], leaks) if name in found else None}
+        | {column: found.get(name, {}).get(column) for column in columns}
         for name in asked
     ]
+
+
+def _clean(row: Mapping[str, Any], leaks: Leaks | None) -> float | None:
+    """The accuracy of a probe's row without the test images that leaked."""
+    if leaks is None or not leaks.known.any():
+        return float(row["accuracy"])
+    return accuracy_without(row, leaks.known)
 
 
 def _status(trained: Task, probe: Task, results: Results) -> str:
@@ -221,13 +236,15 @@ def _flow(key: str, value: Any, base: Any) -> str:
 
 
 @cache
-def _overlap(pool: Pool, n: int, replicates: tuple[int, ...]) -> float:
-    return overlap(pool, n, replicates)
+def _overlap(parts: Parts, replicates: tuple[int, ...]) -> float:
+    """Of a mixture, the mean over its images."""
+    shared = sum(rows.count * overlap(pool, rows.count, replicates) for pool, rows in parts)
+    return shared / sum(rows.count for _, rows in parts)
 
 
 @cache
-def _leaked(test: Pool, pool: Pool, rows: Rows) -> int:
-    return leaked(test, pool, rows)
+def _leaks(test: Pool, parts: Parts) -> Leaks:
+    return find_leaks(test, parts)
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jinja2 import Environment
@@ -76,7 +75,8 @@ def render(collected: Collected, table: pd.DataFrame, folder: Path) -> str:
         legend=figures.colours(sources),
         facts=_facts(cells, budgets),
         collapsed=_collapsed(cells),
-        leaked=_leaked(table),
+        leaks=tables.leak_sentences(table, collected.probes[0]),
+        near_known=bool(cells["leaked_near"].notna().all()),
         generators=_generators(cells),
         palette=list(enumerate((figures.INK, figures.MUTED, figures.FAINT, *figures.PALETTE))),
     )
@@ -199,11 +199,6 @@ def _collapsed(cells: pd.DataFrame) -> list[str]:
         ranks = " to ".join(dict.fromkeys(f"{r:.2f}" for r in (group["effective_rank"].agg(["min", "max"]))))
         lines.append(f"{method} on {source}, N = {n:,}, seed {seeds}: effective rank {ranks}")
     return lines
-
-
-def _leaked(table: pd.DataFrame) -> list[Any]:
-    rows = table[table["leaked"].fillna(0) > 0]
-    return list(rows.groupby(["source", "downstream"])[["leaked", "n_test"]].max().reset_index().itertuples())
 
 
 def _generators(cells: pd.DataFrame) -> list[str]:

@@ -136,6 +136,28 @@ def over_sentences(over: dict[str, pd.DataFrame], sources: Sequence[str]) -> lis
     return out
 
 
+def leak_sentences(table: pd.DataFrame, probe: str) -> list[str]:
+    """Per source and downstream set that it leaks: how many test images at most, and what they do to accuracy."""
+    known = table["leaked_near"].fillna(table["leaked"]).fillna(0)
+    cells = table[(table["source"] != "") & (known > 0)]
+    out = []
+    for (source, downstream), rows in cells.groupby(["source", "downstream"]):
+        near = rows["leaked_near"].max()
+        counts = f"up to {integer(rows['leaked'].max())} of {integer(rows['n_test'].max())} test images"
+        also = "" if pd.isna(near) else f", and {integer(near)} an exact or near one"
+        sentence = (
+            f"{downstream} leaks into {source}: {counts} have an exact copy among the images of a cell{also}."
+        )
+        change = (rows["accuracy_clean"] - rows["accuracy"])[rows["probe"] == probe].dropna()
+        if len(change):
+            sentence += (
+                f" Without them, {probe} accuracy changes by {points(change.mean())} points"
+                f" (mean of {len(change)} cells; column accuracy_clean)."
+            )
+        out.append(sentence)
+    return out
+
+
 def distance_table(rows: pd.DataFrame, sources: Sequence[str]) -> Table:
     """A row per source, from the rows of one downstream set."""
     out = []

@@ -24,8 +24,16 @@ COORDINATES = (
     "budget", "budget_asked", "batch_size", "seed", "replicate", "precision",
 )  # fmt: skip
 PER_CELL = ("effective_rank", "collapsed", "flops", "train_seconds", "peak_memory_bytes")
-PER_DOWNSTREAM = ("leaked", "frechet", "visual_dna", "frechet_subset", "visual_dna_subset", "vendi")
-PER_PROBE = ("accuracy", "accuracy_low", "accuracy_high")
+PER_DOWNSTREAM = (
+    "leaked",
+    "leaked_near",
+    "frechet",
+    "visual_dna",
+    "frechet_subset",
+    "visual_dna_subset",
+    "vendi",
+)
+PER_PROBE = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_clean")
 
 
 def track(collected: Collected, folder: Path, history: History) -> None:

@@ -11,16 +11,19 @@ from ssl_diversity import budget, config
 from ssl_diversity.backbones import BACKBONES
 from ssl_diversity.config import Config
 from ssl_diversity.data import recipes
-from ssl_diversity.data.config import PrepareSpec
+from ssl_diversity.data.config import Codec, PrepareSpec, Resize
+from ssl_diversity.data.order import Windowed
 from ssl_diversity.data.pool import Pool, find
-from ssl_diversity.data.sources import SOURCES
+from ssl_diversity.data.sources import SOURCES, paths
 from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.config import parse_probe
 from ssl_diversity.files import REPOSITORY, pools_dir, runs_dir
 from ssl_diversity.generation import config as generation
 from ssl_diversity.methods.recipe import METHODS, check_backbone
+from ssl_diversity.sweep import mixture
 
 SETS = ("sources", "downstream")
+PLACES = frozenset({"path", "metadata"})  # options that say where a set lies
 Sets = dict[str, dict[str, Any]]  # name -> {"recipe": ..., and options}
 
 
@@ -38,6 +41,14 @@ def _numbers(value: Any) -> Any:
     return [int(v) if isinstance(v, float) and v.is_integer() else v for v in _listed(value)]
 
 
+def _order(value: Any) -> Any:
+    if isinstance(value, Mapping) and set(value) == {"windowed"}:
+        return config.validate(WindowedOrder, value, "order")
+    if value == "global" or isinstance(value, WindowedOrder):
+        return value
+    raise UserError(f"order={value}: expected global, or windowed: {{shards: 4, lanes: 64}}")
+
+
 def _defaulted(value: Any) -> Any:
     return {"default": value} if isinstance(value, str) else value
 
@@ -47,11 +58,17 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Encoding(Config):
-    """How every pool of the sweep is stored."""
+    """How every pool of the sweep is stored. Downstream sets are stored as squares of the sweep's image size."""
 
+    resize: Resize = "square"
+    size: Positive | None = None  # pixels; None: the sweep's image size
     filter: str = "bicubic"
-    codec: Literal["png", "jpeg"] = "png"
+    codec: Codec = "png"  # original: downstream sets are then stored as png
     quality: Annotated[int, Field(ge=1, le=100)] = 95
+
+
+class WindowedOrder(Config):
+    windowed: Windowed
 
 
 class DistanceConfig(Config):
@@ -79,7 +96,9 @@ class SweepConfig(Config):
     replicates: Literal["per-seed", "shared"] = "per-seed"
     encoding: Encoding = Encoding()
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
-    order: Literal["global"] = "global"
+    order: Annotated[Literal["global"] | WindowedOrder, BeforeValidator(_order)] = "global"
+    decode: Literal["exact", "scaled"] = "exact"
+    near_duplicates: bool = False
     probes: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
     baselines: tuple[Literal["random", "pixels"], ...] = ("random", "pixels")
     distance: DistanceConfig = DistanceConfig()
@@ -122,14 +141,26 @@ class SweepConfig(Config):
         return runs_dir() / self.name
 
     @property
+    def windowed(self) -> Windowed | None:
+        """What the order says of windows; None where it is global."""
+        return None if self.order == "global" else self.order.windowed
+
+    @property
     def defaults(self) -> dict[str, Any]:
-        """What all pools of the sweep have in common."""
-        return {"size": self.image_size, **self.encoding.model_dump()}
+        """What all sources of the sweep have in common."""
+        size = self.encoding.size or self.image_size
+        return {**self.encoding.model_dump(), "size": size, "near_duplicates": self.near_duplicates}
+
+    @property
+    def downstream_defaults(self) -> dict[str, Any]:
+        """What all its downstream sets have in common: what networks are evaluated at, encoded like the sources."""
+        codec = "png" if self.encoding.codec == "original" else self.encoding.codec
+        return {**self.defaults, "resize": "square", "size": self.image_size, "codec": codec}
 
     def downstream_specs(self, name: str) -> tuple[PrepareSpec, PrepareSpec]:
         """(train, test) of a downstream set; UserError where its recipe or path is wrong."""
         recipe, options = named_entry(self.downstream[name], name)
-        return recipes.downstream(recipe, options, defaults=self.defaults)
+        return recipes.downstream(recipe, options, defaults=self.downstream_defaults)
 
     def prepared(self, name: str) -> bool:
         """Whether both pools of a downstream set are there."""
@@ -145,6 +176,8 @@ class SweepConfig(Config):
 
 def named_entry(entry: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
     """(recipe, options) of a set, its name among them."""
+    if mixture.MIX in entry:
+        raise UserError(f"set {name}: a mixture can be a source, and nothing else")
     return str(entry["recipe"]), {"name": name, **{k: v for k, v in entry.items() if k != "recipe"}}
 
 
@@ -165,7 +198,7 @@ def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -
     old = (record.sources, record.kept_downstream()) if record else ({}, {})
     before = record.downstream if record else {}
     sources = _with_paths(sweep.sources, same_recipe={}, before=old[0])
-    by_recipe = {entry["recipe"]: entry for entry in sources.values()}
+    by_recipe = {entry["recipe"]: entry for entry in sources.values() if "recipe" in entry}
     downstream = _with_paths({**old[1], **sweep.downstream}, same_recipe=by_recipe, before=before)
     return sweep.model_copy(update={"sources": sources, "downstream": downstream})
 
@@ -245,18 +278,24 @@ def _with_paths(sets: Sets, *, same_recipe: Sets, before: Sets) -> Sets:
     """
     out = {}
     for name, entry in sets.items():
+        if mixture.MIX in entry:
+            own = {part: given for part, given in entry[mixture.MIX].items() if "recipe" in given}
+            parts = _with_paths(
+                own, same_recipe=same_recipe, before=before.get(name, {}).get(mixture.MIX, {})
+            )
+            out[name] = {mixture.MIX: {**entry[mixture.MIX], **parts}}
+            continue
         recipe = entry["recipe"]
         packaged = recipe in recipes.names() or recipe.endswith((".yaml", ".yml"))
         options = (recipes.load(recipe).get("options") or {}) if packaged else {}
-        candidates = (
-            same_recipe.get(recipe, {}).get("path"),
-            options.get("path"),
-            before.get(name, {}).get("path"),
-        )
-        path = next(filter(None, candidates), None)
-        if path and "path" in options and "path" not in entry:
-            entry = {**entry, "path": str(Path(path).expanduser().resolve())}  # noqa: PLW2901
-        out[name] = entry
+        found = {}
+        for key in PLACES & options.keys() - entry.keys():
+            candidates = (
+                given.get(key) for given in (same_recipe.get(recipe, {}), options, before.get(name, {}))
+            )
+            if place := next(filter(None, candidates), None):
+                found[key] = _absolute(place)
+        out[name] = {**entry, **found}
     return out
 
 
@@ -276,25 +315,35 @@ def _normal_sets(value: Any) -> dict[str, dict[str, Any]]:
         entries = {set_name(text): {"recipe": text} for text in names}
         if len(entries) < len(names):
             raise UserError(f"{names}: two sets of the same name; write them as `name: {{recipe: ...}}`")
-    out = {}
-    for name, entry in entries.items():
-        if not isinstance(entry, str | Mapping | None):
-            raise UserError(
-                f"set {name}={entry}: expected a recipe, a path, or options such as {name}.seed=1"
-            )
-        options = {"recipe": entry} if isinstance(entry, str) else dict(entry or {})
-        options = {"recipe": name, **options}
-        for key, text in options.items():  # a record must mean the same from any folder
-            if (key == "path" and text is not None) or (key == "recipe" and _is_path(str(text))):
-                options[key] = str(Path(str(text)).expanduser().resolve())
-        out[name] = options
-    return out
+    return {name: _normal_set(name, entry, entries) for name, entry in entries.items()}
+
+
+def _normal_set(name: str, entry: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(entry, str | Mapping | None):
+        raise UserError(f"set {name}={entry}: expected a recipe, a path, or options such as {name}.seed=1")
+    if isinstance(entry, Mapping) and mixture.MIX in entry:
+        return mixture.normal(name, entry, known, lambda part, own: _normal_set(part, own, {}))
+    options = {"recipe": entry} if isinstance(entry, str) else dict(entry or {})
+    options = {"recipe": name, **options}
+    for key, text in options.items():  # a record must mean the same from any folder
+        if (key in PLACES and text is not None) or (key == "recipe" and _is_path(str(text))):
+            options[key] = _absolute(text)
+    return options
+
+
+def _absolute(place: Any) -> Any:
+    return (
+        [paths.absolute(str(one)) for one in place] if isinstance(place, list) else paths.absolute(str(place))
+    )
 
 
 def set_name(text: str) -> str:
-    """The name of a set given as a recipe or a path: `~/My Pets.tar` is `my-pets`."""
-    stem = re.sub(r"\.(tar|ya?ml)$", "", text.rstrip("/").rpartition("/")[2])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") if _is_path(text) else stem
+    """The name of a set given as a recipe or a path: `~/My Pets.tar` is `My-Pets`, `torchvision:DTD` is `dtd`."""
+    if _is_path(text) and not text.endswith((".yaml", ".yml")):
+        return recipes.set_name(text)
+    if ":" in text:
+        return str(recipes.load(text)["name"])
+    return re.sub(r"\.ya?ml$", "", text.rstrip("/").rpartition("/")[2])
 
 
 def _is_path(text: str) -> bool:
@@ -322,7 +371,8 @@ def _combine(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         value = overrides.get(key)
         if value is not None and not isinstance(value, Mapping):
             known = base.get(key, {})
-            chosen[key] = {name: known.get(name, entry) for name, entry in _normal_sets(value).items()}
+            kept = {name: known.get(name, entry) for name, entry in _normal_sets(value).items()}
+            chosen[key] = {name: mixture.chosen(entry, known, kept) for name, entry in kept.items()}
     if isinstance(overrides.get("backbone"), str):
         chosen["backbone"] = {"default": overrides["backbone"]}
     rest = {key: value for key, value in overrides.items() if key not in chosen}

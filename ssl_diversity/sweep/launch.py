@@ -14,9 +14,11 @@ from rich.live import Live
 
 from ssl_diversity import files
 from ssl_diversity.budget import parse_budget
+from ssl_diversity.data.transports import local_path
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import claims, flops, status, store
 from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.plan import Plan
 from ssl_diversity.sweep.profile import Profile, SlurmProfile, visible_gpus
 from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.store import Done
@@ -51,6 +53,7 @@ def run(
     if any(parse_budget(value).unit == "flop" for value in sweep.budget):
         flops.count_missing(sweep, lambda text: console.print(f"{sweep.name}: {text}"))
     current = Current(sweep, skip)
+    check_cache(current.plan, profile)
 
     def tell(text: str) -> None:
         console.print(text, style="yellow")
@@ -81,6 +84,26 @@ def run(
             console.print(f"{sweep.name}: stopped; {now.words}. Run the same command again to go on.")
             return 128 + stopped[0]
     return _finish(remember(sweep, ended=True, tell=tell), current, order, console, with_report)
+
+
+def check_cache(plan: Plan, profile: Profile) -> None:
+    """Refuse cells that would read remote shards in the global order through a cache that does not hold them."""
+    if plan.sweep.windowed:
+        return
+    for cell in plan.cells:
+        far = [pool.remote is not None and local_path(pool.remote) is None for pool, _ in cell.parts]
+        if cell.subset is None or not any(far):
+            continue
+        needed = 0
+        for piece in cell.subset.pieces:
+            shard = cell.parts[piece.part][0].info.shards[piece.shard]
+            needed += shard.bytes * piece.count // shard.rows if far[piece.part] else 0
+        if needed > profile.cache_bytes:
+            raise UserError(
+                f"source {cell.source.name}: order=global reads {needed / 2**30:.3g} GiB of remote shards again and again,"
+                f" the profile's cache holds {profile.cache_gb:.3g}; raise cache_gb, or read them in sequence:"
+                " order={windowed: {shards: 4}}"
+            )
 
 
 class _Jobs:

@@ -6,16 +6,17 @@ listed as waiting, and a plan made after the pool appeared has their tasks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 from ssl_diversity import budget
 from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.subset import Subset
+from ssl_diversity.data.windowed import check_lanes, layout_digest
 from ssl_diversity.distance.config import DistanceSpec, extractor_digest
 from ssl_diversity.evaluation.config import ProbeSpec
 from ssl_diversity.methods.flops import known_flops
 from ssl_diversity.methods.recipe import Recipe, load_recipe
-from ssl_diversity.sweep import sets
+from ssl_diversity.sweep import rows, sets
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.sets import Downstream, Source
 from ssl_diversity.sweep.store import Done
@@ -44,11 +45,16 @@ class Cell:
     replicate: int
     flops_per_sample: int | None
     waiting: str = ""
-    rows: Rows | None = None
+    subset: Subset | None = None
     task: Task | None = None
     probes: Mapping[str, Task] = field(default_factory=dict)
     distances: Mapping[str, Task] = field(default_factory=dict)
     subset_distances: Mapping[str, Task] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[tuple[Pool, Rows], ...]:
+        """The rows that the cell sees: of one pool, or of each pool of a mixture. () while it waits."""
+        return self.subset.parts if self.subset is not None else ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def expand(sweep: SweepConfig) -> Plan:
     extractor_digest(sweep.distance.extractor)  # refuses one that is not there
     sources = tuple(sets.source(sweep, name) for name in sweep.sources)
     downstream = tuple(sets.downstream(sweep, name) for name in sweep.downstream)
-    sets.check_encoding(sweep, (*sources, *downstream))
+    sets.check_encoding(sweep, sources, downstream)
     distances = _source_distances(sweep, sources, downstream)
     cells = tuple(_with_tasks(sweep, cell, downstream, distances) for cell in _grid(sweep, sources))
     baselines = tuple(_baselines(sweep, downstream))
@@ -194,9 +200,9 @@ def _recipe(sweep: SweepConfig, method: str, samples: int) -> Recipe:
 
 
 def _unique(sweep: SweepConfig, asked: int | float | str, samples: int | None, source: Source) -> int | None:
-    if samples is None or (str(asked).lower() == "all" and source.pool is None):
+    if samples is None or (str(asked).lower() == "all" and not source.pools):
         return None
-    return budget.parse_unique(asked, samples, source.pool.size if source.pool else 0)
+    return budget.parse_unique(asked, samples, source.size)
 
 
 def _check_unique(sweep: SweepConfig, n: int, samples: int, source: Source) -> bool:
@@ -207,8 +213,11 @@ def _check_unique(sweep: SweepConfig, n: int, samples: int, source: Source) -> b
     budgets = [budget.parse_budget(value) for value in sweep.budget]
     if n > samples and any(b.unit == "samples" and b.amount >= n for b in budgets):
         return False
-    size = source.pool.size if source.pool else n
-    budget.check_unique(n, samples, sweep.batch_size, size, source.name)
+    if source.pools:
+        source.check(n)
+    budget.check_unique(n, samples, sweep.batch_size, source.size or n, source.name)
+    if sweep.windowed:
+        check_lanes(n, sweep.batch_size, sweep.windowed.lanes)
     return True
 
 
@@ -218,46 +227,42 @@ def _with_tasks(
     downstream: tuple[Downstream, ...],
     distances: Mapping[tuple[str, str], Task],
 ) -> Cell:
-    pool = cell.source.pool
-    if (
-        cell.waiting
-        or pool is None
-        or cell.recipe is None
-        or cell.budget is None
-        or cell.unique_samples is None
-    ):
+    if cell.waiting or cell.recipe is None or cell.budget is None or cell.unique_samples is None:
         return cell
-    rows = pool.rows(cell.unique_samples, cell.replicate)
+    subset = cell.source.subset(cell.unique_samples, cell.replicate)
     name = f"{cell.method}/{cell.backbone} {cell.source.name} N={cell.unique_samples} C={cell.budget} seed {cell.seed}"
     spec = CellSpec(
         method=cell.method,
         backbone=cell.backbone,
         recipe=cell.recipe,
         image_size=sweep.image_size,
-        pool=pool.path.name,
-        rows_start=rows.start,
-        rows_digest=_rows_digest(pool, rows),
+        parts=subset.specs,
+        rows_digest=rows.digest(subset),
         unique_samples=cell.unique_samples,
         # C_used, which is what determines the result; an N above it must still be within the budget
         budget=max(budget.used(cell.budget, cell.batch_size), cell.unique_samples),
         batch_size=cell.batch_size,
         seed=cell.seed,
         replicate=cell.replicate,
-        order=sweep.order,
+        order=sweep.windowed or "global",
+        layout=layout_digest(subset.pieces) if sweep.windowed else "",
+        decode=sweep.decode,
         precision=sweep.precision,
         checkpoint_samples=sweep.checkpoint_samples,
     )
-    task = Task("pretrain", spec, cell.source.tasks[-1:], label=f"pretrain {name}")
+    task = Task("pretrain", spec, cell.source.needs, label=f"pretrain {name}")
     ready = [d for d in downstream if d.ready]
     return replace(
         cell,
-        rows=rows,
+        subset=subset,
         task=task,
         probes={
             d.name: _probe(sweep, f"cell:{task.key}", d, (task, *d.tasks), f"{d.name} {name}") for d in ready
         },
         distances={d.name: t for d in ready if (t := distances.get((cell.source.name, d.name)))},
-        subset_distances={d.name: t for d in ready if (t := _distance(sweep, cell.source, rows, d))},
+        subset_distances={
+            d.name: t for d in ready if (t := _distance(sweep, cell.source, len(subset), d, cell.replicate))
+        },
     )
 
 
@@ -299,57 +304,41 @@ def _source_distances(
     sweep: SweepConfig, sources: tuple[Source, ...], downstream: tuple[Downstream, ...]
 ) -> dict[tuple[str, str], Task]:
     """Each source against each downstream set at one n, once every source is there to tell what it can be."""
-    sizes = [source.pool.size for source in sources if source.pool is not None]
-    if len(sizes) < len(sources):
+    if any(not source.pools for source in sources):
         return {}
-    tasks = {}
-    for d in downstream:
-        if d.ready:
-            for source in sources:
-                assert source.pool is not None
-                rows = source.pool.rows(min(sweep.distance.n, *sizes))
-                task = _distance(sweep, source, rows, d)
-                if task is not None:
-                    tasks[source.name, d.name] = task
-    return tasks
+    n = min(sweep.distance.n, *(source.size for source in sources))
+    return {
+        (source.name, d.name): task
+        for d in downstream
+        if d.ready
+        for source in sources
+        if (task := _distance(sweep, source, n, d))
+    }
 
 
-def _distance(sweep: SweepConfig, source: Source, rows: Rows, d: Downstream) -> Task | None:
-    """The first of `rows` against as many training images of `d`: at most distance.n, and what both have.
+def _distance(sweep: SweepConfig, source: Source, n: int, d: Downstream, replicate: int = 0) -> Task | None:
+    """A draw of n images against as many training images of `d`: at most distance.n, and what both have.
 
     None for a single image: it has no distribution.
     """
-    assert source.pool is not None
     assert d.train is not None
-    n = min(sweep.distance.n, rows.count, d.train.size)
+    n = min(sweep.distance.n, n, d.train.size)
     if n < 2:
         return None
-    first = Rows(rows.start, n, rows.size)
+    subset = source.subset(n, replicate)
     spec = DistanceSpec(
-        pool=source.pool.path.name,
-        rows_start=first.start,
-        rows_count=n,
-        rows_digest=_rows_digest(source.pool, first),
+        parts=subset.specs,
+        rows_digest=rows.digest(subset),
         reference_pool=d.train.path.name,
         reference_digest=d.train.digest,
-        n=n,
         extractor=sweep.distance.extractor,
         extractor_digest=extractor_digest(sweep.distance.extractor),
         seed=sweep.evaluation_seed,
     )
-    needs = (*source.tasks[-1:], *d.tasks)
+    first = subset.parts[0][1].start
     return Task(
         "distance",
         spec,
-        needs,
-        label=f"distance {source.name} to {d.name}, {n} images from row {first.start}",
+        (*source.needs, *d.tasks),
+        label=f"distance {source.name} to {d.name}, {n} images from row {first}",
     )
-
-
-def _rows_digest(pool: Pool, rows: Rows) -> str:
-    return _cached_rows_digest(str(pool.path), pool.digest, rows)
-
-
-@cache
-def _cached_rows_digest(path: str, digest: str, rows: Rows) -> str:
-    return Pool.open(path).rows_digest(rows)

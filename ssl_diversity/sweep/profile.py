@@ -25,8 +25,21 @@ class Profile(Config):
     stale_s: Seconds = 120.0  # a worker of another machine that is silent for so long is taken for dead
     poll_s: Seconds = 0.5  # how often a worker with nothing to do, and the display, look again
     linger_s: Seconds = 60.0  # a worker with nothing to do for so long leaves
+    cache_gb: Annotated[float, Field(ge=0)] = (
+        16.0  # GiB of remote shards kept on a node's disk, for all its workers
+    )
+    cache_dir: str | None = None  # where; $VARIABLES are read on the node; None: cache/shards/ below the home
     rough_flops_per_second: Seconds = 2e10  # of one worker, to estimate what was never measured
     environment: dict[str, str] = Field({})
+
+    @property
+    def cache_bytes(self) -> int:
+        return int(self.cache_gb * 2**30)
+
+    @property
+    def cache_folder(self) -> str | None:
+        """`cache_dir` on this machine."""
+        return self.cache_dir and os.path.expanduser(os.path.expandvars(self.cache_dir))
 
     def parameters(self, sweep_name: str) -> dict[str, Any]:
         """Arguments of submitit.AutoExecutor.update_parameters."""

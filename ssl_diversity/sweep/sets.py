@@ -1,21 +1,26 @@
 """The sets of a sweep: from a name and options to a pool, or to the tasks that will make it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
 from ssl_diversity.data import recipes
 from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.data.pool import Pool
+from ssl_diversity.data.subset import Subset
 from ssl_diversity.errors import UserError
 from ssl_diversity.generation import config as generation
+from ssl_diversity.sweep import mixture
 from ssl_diversity.sweep.config import SweepConfig, given_pool, named_entry
+from ssl_diversity.sweep.rows import shared_images
 from ssl_diversity.sweep.task import Task
 
 
 @dataclass(frozen=True)
-class Source:
+class Supply:
     """A pool to pretrain on. `tasks` make it, the last of them the pool itself (none for a given pool)."""
 
     name: str
@@ -23,9 +28,63 @@ class Source:
     pool: Pool | None
     encoding: dict[str, Any]
 
+
+@dataclass(frozen=True)
+class Source:
+    """What cells draw their images from: one pool, or several in given shares (a mixture)."""
+
+    name: str
+    supplies: tuple[Supply, ...]
+    shares: tuple[Fraction, ...] = (Fraction(1),)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return tuple(task for supply in self.supplies for task in supply.tasks)
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """The tasks that write its pools."""
+        return tuple(task for supply in self.supplies for task in supply.tasks[-1:])
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """In the order of `supplies`; none before all of them are there."""
+        found = tuple(supply.pool for supply in self.supplies if supply.pool is not None)
+        return found if len(found) == len(self.supplies) else ()
+
+    @property
+    def pool(self) -> Pool | None:
+        """Its only pool; None before it is there, and of a mixture."""
+        return self.pools[0] if len(self.pools) == 1 else None
+
     @property
     def waiting(self) -> str:
-        return "" if self.pool else f"source {self.name} is not prepared yet"
+        missing = [supply.name for supply in self.supplies if supply.pool is None]
+        if missing in ([], [self.name]):
+            return f"source {self.name} is not prepared yet" if missing else ""
+        return f"source {self.name} waits for {' and '.join(missing)}"
+
+    @property
+    def size(self) -> int:
+        """The largest N; 0 before its pools are there."""
+        return mixture.largest(self.shares, [pool.size for pool in self.pools]) if self.pools else 0
+
+    def subset(self, n: int, replicate: int = 0) -> Subset:
+        """Draw number `replicate` of n images; draws of one replicate are nested in n."""
+        counts = mixture.apportion(self.shares, n)
+        drawn = zip(self.pools, counts, strict=True)
+        return Subset(tuple((pool, pool.rows(count, replicate)) for pool, count in drawn if count))
+
+    def check(self, n: int) -> None:
+        """Refuse an N that a mixture's pools cannot give, naming the pool that is too small."""
+        if len(self.pools) < 2:
+            return
+        for pool, count in zip(self.pools, mixture.apportion(self.shares, n), strict=True):
+            if count > pool.size:
+                raise UserError(
+                    f"unique_samples={n} of mixture {self.name!r} takes {count} images of pool {pool.name!r}, which"
+                    f" has {pool.size}; use `all` or a number up to {self.size}"
+                )
 
 
 @dataclass(frozen=True)
@@ -48,8 +107,28 @@ class Downstream:
 
 
 def source(sweep: SweepConfig, name: str) -> Source:
-    """The source `name`: a recipe to prepare or generate, or a pool that lies there already."""
-    recipe, options = named_entry(sweep.sources[name], name)
+    """The source `name`: a recipe to prepare or generate, a pool that lies there already, or a mixture of such."""
+    entry = sweep.sources[name]
+    if mixture.MIX not in entry:
+        return Source(name, (_supply(sweep, name, entry),))
+    parts = entry[mixture.MIX]
+    shares = mixture.shares(name, parts)
+    supplies = []
+    for part, options in parts.items():
+        own = {key: value for key, value in options.items() if key != mixture.SHARE}
+        supplies.append(_supply(sweep, part, own or sweep.sources[part]))
+    made = Source(name, tuple(supplies), tuple(shares.values()))
+    for a, b in combinations(made.pools, 2):
+        if shared := shared_images(a, b):
+            raise UserError(
+                f"sources.{name}: pools {a.path.name} and {b.path.name} share {shared} images, so its N would not be"
+                f" unique images; mix pools that share none (prepare one of them from a folder without them)"
+            )
+    return made
+
+
+def _supply(sweep: SweepConfig, name: str, entry: Mapping[str, Any]) -> Supply:
+    recipe, options = named_entry(entry, name)
     try:
         loaded = recipes.load(recipe)
         if loaded["source"] == generation.SOURCE:
@@ -59,14 +138,17 @@ def source(sweep: SweepConfig, name: str) -> Source:
         pool = given_pool(recipe)
         if pool is None:
             raise UserError(f"sources.{name}: {error}") from None
-        return Source(name, (), pool, pool.info.encoding)
+        return Supply(name, (), pool, pool.info.encoding)
     task = _prepare(spec)
-    return Source(name, (task,), _pool(task), _encoding(spec))
+    return Supply(name, (task,), _pool(task), _encoding(spec))
 
 
-def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) -> Source:
+def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) -> Supply:
     """Prepare the generator's own pool, train it, sample from it; each is known once the one before is done."""
-    defaults, trained = sweep.defaults, None
+    defaults = sweep.defaults
+    codec: Any = "png" if defaults["codec"] == "original" else defaults["codec"]
+    stored = {"size": defaults["size"], "filter": defaults["filter"], "quality": defaults["quality"]}
+    trained = None
     tasks: tuple[Task, ...] = ()
     if recipe.trains:
         assert recipe.base is not None
@@ -75,14 +157,16 @@ def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe
         base = _prepare(recipes.resolve(recipe.base, options, defaults=defaults))
         pool = _pool(base)
         if pool is None:
-            return Source(name, (base,), None, _encoding(SimpleNamespace(**defaults)))
+            encoding = {**_encoding(SimpleNamespace(**defaults)), "resize": "square", "codec": codec}
+            return Supply(name, (base,), None, encoding)
         spec = recipe.generator_spec(pool)
         train = Task("train-generator", spec, (base,), label=f"train-generator {name}")
         tasks, trained = (base, train), (train.key, spec.rows_count)
-    generate_spec = recipe.generate_spec(**defaults, trained=trained)
+    generate_spec = recipe.generate_spec(**stored, codec=codec, trained=trained)
     output = generate_spec.directory / "pool.json"
     generate = Task("generate", generate_spec, tasks[-1:], output, f"generate {name}")
-    return Source(name, (*tasks, generate), _pool(generate), _encoding(generate_spec))
+    encoding = {"resize": "square", **_encoding(SimpleNamespace(resize="square", **stored, codec=codec))}
+    return Supply(name, (*tasks, generate), _pool(generate), encoding)
 
 
 def downstream(sweep: SweepConfig, name: str) -> Downstream:
@@ -95,30 +179,58 @@ def downstream(sweep: SweepConfig, name: str) -> Downstream:
     return Downstream(name, (train, test), _pool(train), _pool(test), _encoding(specs[0]))
 
 
-def check_encoding(sweep: SweepConfig, made: Sequence[Source | Downstream]) -> None:
-    """Refuse pools stored in different ways: codecs are easier to tell apart than contents."""
-    first = made[0]
-    for other in made:
-        if isinstance(other, Source) and other.encoding["size"] != sweep.image_size:
+def check_encoding(sweep: SweepConfig, sources: Sequence[Source], downstream: Sequence[Downstream]) -> None:
+    """Refuse pools that are too small, or stored in different ways: codecs are easier to tell apart than contents.
+
+    Squares and images of the same short side are cropped to the same square as they are read. Downstream sets,
+    stored at the size that networks are evaluated at, must have the sources' filter and codec.
+    """
+    supplies = [supply for source in sources for supply in source.supplies]
+    for supply in supplies:
+        size = supply.encoding["size"]
+        if supply.encoding["resize"] != "none" and size < sweep.image_size:
             raise UserError(
-                f"source {other.name!r} is stored at {other.encoding['size']} px, the sweep trains at "
-                f"image_size={sweep.image_size}; prepare it at that size"
+                f"source {supply.name!r} is stored at {size} px, the sweep trains at image_size={sweep.image_size};"
+                " prepare it at that size or a larger one"
             )
-        if other.encoding != first.encoding and not sweep.allow_mixed_encoding:
+    if sweep.allow_mixed_encoding:
+        return
+    first = supplies[0]
+    others: tuple[Supply | Downstream, ...] = (*supplies[1:], *downstream)
+    for other in others:
+        ignored = {"size", "resize"} if isinstance(other, Downstream) else {"resize"}
+        if _compared(first.encoding, ignored) != _compared(other.encoding, ignored):
             raise UserError(
                 f"sets {first.name!r} ({_words(first.encoding)}) and {other.name!r} ({_words(other.encoding)}) are "
                 "stored differently, which a network could tell apart; store them alike or say allow_mixed_encoding=true"
             )
 
 
-def _words(encoding: dict[str, Any]) -> str:
+def _compared(encoding: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
+    """What must be equal. With original bytes go downstream sets as png, which adds no mark of its own."""
+    same = {key: value for key, value in encoding.items() if key not in ignored}
+    return (
+        {**same, "codec": "png", "quality": None}
+        if same["codec"] == "original" and "size" in ignored
+        else same
+    )
+
+
+def _words(encoding: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in encoding.items() if value is not None)
 
 
 def _encoding(spec: Any) -> dict[str, Any]:
     """As `PoolInfo.encoding`, of a pool still to be made."""
     quality = spec.quality if spec.codec == "jpeg" else None
-    return {"size": spec.size, "filter": spec.filter, "codec": spec.codec, "quality": quality}
+    size = 0 if spec.resize == "none" else spec.size
+    return {
+        "resize": spec.resize,
+        "size": size,
+        "filter": spec.filter,
+        "codec": spec.codec,
+        "quality": quality,
+    }
 
 
 def _prepare(spec: PrepareSpec) -> Task:

@@ -30,6 +30,7 @@ class Running:
     done: int
     total: int
     started: float
+    note: str
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def render(name: str, now: Snapshot, rate: float | None, remaining: float | None
     body = Table.grid(padding=(0, 2))
     for running in now.running:
         share = f"{running.done / running.total:4.0%}" if running.total else ""
-        body.add_row("  ", running.label, share, duration(max(0.0, time.time() - running.started)))
+        took = duration(max(0.0, time.time() - running.started))
+        body.add_row("  ", running.label, share, took, running.note)
     return Group(head, body)
 
 

@@ -14,11 +14,11 @@ from ssl_diversity.files import digest, task_dir
 NUMERICS: dict[
     str, int | list[int]
 ] = {  # raised when the results of a kind change: old results are then never taken for new ones
-    "prepare": 1,
-    "train-generator": 1,
+    "prepare": 2,
+    "train-generator": 2,
     "generate": 1,
-    "pretrain": 1,
-    "probe": [1, features.NUMERICS],
+    "pretrain": 2,
+    "probe": [2, features.NUMERICS],
     "distance": distance.NUMERICS,
 }
 

@@ -253,7 +253,7 @@ class _Run:
 
     def _execute(self, task: Task, claim: Claim) -> None:
         started = time.time()
-        state = {"label": task.label, "kind": task.kind, "key": task.key, "done": 0, "total": 0}
+        state = {"label": task.label, "kind": task.kind, "key": task.key, "done": 0, "total": 0, "note": ""}
         state |= {"started": started, "heartbeat_s": self.profile.heartbeat_s}
         path = store.store_dir() / "workers" / f"{claim.nonce}.json"
 
@@ -264,10 +264,16 @@ class _Run:
         def progress(finished: int, total: int) -> None:
             state.update(done=finished, total=total)
 
+        def note(text: str) -> None:
+            state.update(note=text)
+
         runtime = Runtime(
             device=device(self.profile.device),
             threads=self.order.threads,
             progress=progress,
+            note=note,
+            cache_bytes=self.profile.cache_bytes,
+            cache_dir=self.profile.cache_folder,
             stop=lambda: self.stop.is_set() or claim.lost.is_set(),
         )
         try:

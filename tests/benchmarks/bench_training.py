@@ -26,9 +26,10 @@ from ssl_diversity import loop, methods
 from ssl_diversity.backbones import build_backbone
 from ssl_diversity.data import recipes
 from ssl_diversity.data.order import GlobalOrder
-from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.data.reading import open_reader
+from ssl_diversity.data.subset import Subset
 from ssl_diversity.methods.optim import LARS
 from ssl_diversity.methods.recipe import load_recipe
 from ssl_diversity.runtime import Runtime
@@ -91,8 +92,7 @@ def our_rate(pool: Pool, args: argparse.Namespace, precision: str, out: Path) ->
         return loop.fit(
             module,
             order=order,
-            reader=open_reader(pool, Rows(0, n, pool.size)),
-            batch_size=args.batch,
+            reader=open_reader(Subset(((pool, pool.rows(n)),)), order=order),
             out=out,
             runtime=Runtime(threads=torch.get_num_threads()),
             precision=precision,

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_diversity.data import prepare as preparing
+
 Tree = dict[str, bytes]
 
 
@@ -58,3 +60,15 @@ def as_tar(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make `prepare` believe that it may hold so many bytes of images: many runs a part, many ranges of keys."""
+
+    def limit(memory_bytes: int) -> None:
+        monkeypatch.setattr(preparing, "share", lambda processes, *_: (processes, memory_bytes))
+        monkeypatch.setattr(preparing, "resident_bytes", lambda: 0)
+        monkeypatch.setattr(preparing, "INTERPRETER_BYTES", (1 << 30) - memory_bytes)
+
+    return limit

@@ -1,22 +1,27 @@
 """Opening, subsets, verification and looking at pools."""
 
+import atexit
+import functools
 import io
 import json
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from handmade_pool import handmade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_diversity import files
-from ssl_diversity.data import recipes
-from ssl_diversity.data.pool import Pool, Rows, find, list_pools, overlap
+from ssl_diversity.data import image, near, recipes
+from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool, Rows, find, list_pools, overlap
 from ssl_diversity.data.prepare import prepare
+from ssl_diversity.data.shards import LocalShard
 from ssl_diversity.data.sheet import contact_sheet, inspect
 from ssl_diversity.data.verify import verify
 from ssl_diversity.errors import UserError
@@ -104,10 +109,121 @@ def test_a_missing_or_short_file_is_named_when_it_is_needed(pool: Pool) -> None:
         Pool.open(pool.path).label  # noqa: B018
 
 
+class Reads:
+    """A place to read shards from that keeps account."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.spans: list[tuple[int, int, int]] = []
+
+    def __call__(self, number: int) -> "Reads":
+        self.number = number
+        return self
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.spans.append((self.number, offset, length))
+        return LocalShard(self.pool.path / self.pool.info.shards[self.number].file).read(offset, length)
+
+
+@given(st.lists(st.integers(0, 19), max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_read_bytes_answers_in_the_order_asked(numbers: list[int]) -> None:
+    pool = spread_pool()
+    reads = Reads(pool)
+    assert pool.read_bytes(numbers, reads) == [bytes([row]) * SPREAD[row % 5] for row in numbers]
+    assert pool.read_bytes(numbers) == pool.read_bytes(numbers, reads)
+    rows = np.unique(np.array(numbers, int))
+    needed = int(pool.length[rows].sum()) if len(rows) else 0
+    assert sum(length for *_, length in reads.spans) <= 2 * (needed + 4096 * len(rows))
+
+
+def test_neighbours_come_in_one_read_and_nothing_else_is_read() -> None:
+    pool = spread_pool()
+    lone = Reads(pool)
+    for row in range(20):
+        pool.read_bytes([row], lone)
+    places = list(zip(pool.shard.tolist(), pool.offset.tolist(), pool.length.tolist(), strict=True))
+    assert lone.spans == places
+    together = Reads(pool)
+    pool.read_bytes(range(20), together)  # rows 0 to 6, 7 to 13, 14 to 19 share shards
+    assert len(together.spans) == 3
+    apart = Reads(pool)
+    pool.read_bytes([0, 3, 14], apart)  # between rows 0 and 3 lie two of 9,000 bytes
+    assert apart.spans == [places[0], places[3], places[14]]
+
+
+SPREAD = (10, 9000, 9000, 700, 1)  # bytes of a row, by its number modulo 5
+
+
+@functools.cache
+def spread_pool() -> Pool:
+    """20 rows of which `image` can make nothing: BMP in name, all of one byte."""
+    folder = Path(tempfile.mkdtemp(prefix="ssl-diversity-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rows = [bytes([row]) * SPREAD[row % 5] for row in range(20)]
+    return handmade(folder / "pool", rows, codec="original", resize="none", suffix="bin")
+
+
+def test_a_remote_pool_is_read_from_where_its_shards_are(pool: Pool, home: Path) -> None:
+    expected = pool.images(np.arange(60))
+    far = home / "far away"
+    far.mkdir()
+    (pool.path / "shards").rename(far / "shards")
+    files.write_json(pool.path / "remote.json", {"url": str(far)})
+    other = Pool.open(pool.path)
+    assert other.remote == str(far)
+    other.check_shards()  # nothing is here, nothing is missing
+    np.testing.assert_array_equal(other.images(np.arange(60)), expected)
+    shard = far / pool.info.shards[1].file
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"row \d+ of .*far away/shards/000001.tar is not what the index says"
+    ):
+        other.read_bytes(np.arange(60))
+
+
+def test_optional_columns_are_there_where_near_copies_were_dropped(pool: Pool) -> None:
+    assert OPTIONAL_COLUMNS["signature"][1] == (near.SIGNATURE_BYTES,)
+    assert OPTIONAL_COLUMNS["thumbnail"][1] == (near.THUMBNAIL_BYTES,)
+    with pytest.raises(UserError, match="prepare it with near_duplicates=true"):
+        pool.signature  # noqa: B018
+    values = files.read_json(pool.path / "pool.json")
+    files.write_json(pool.path / "pool.json", {**values, "near_duplicates": True})
+    for name, (dtype, shape) in OPTIONAL_COLUMNS.items():
+        with pytest.raises(UserError, match=f"missing index .*{name}.npy"):
+            getattr(Pool.open(pool.path), name)
+        np.save(pool.path / "index" / f"{name}.npy", np.full((60, *shape), 7, dtype))
+    other = Pool.open(pool.path)
+    assert other.signature.shape == (60, 32)
+    assert other.thumbnail.max() == 7
+
+
+def test_images_of_another_size_are_resized(pool: Pool) -> None:
+    squares = pool.images(np.arange(5))
+    assert squares.shape == (5, 6, 6, 3)
+    assert pool.images([], 4).shape == (0, 4, 4, 3)
+    resized = pool.images(np.arange(5), 3)
+    np.testing.assert_array_equal(resized, [image.square(pixels, 3, "bicubic") for pixels in squares])
+
+
+def test_a_row_that_the_index_puts_nowhere_is_an_error(pool: Pool) -> None:
+    for name, value in (("shard", 99), ("shard", -3), ("offset", -5), ("offset", 1 << 40), ("length", -1)):
+        path = pool.path / "index" / f"{name}.npy"
+        data = path.read_bytes()
+        column = np.load(path)
+        column[7] = value
+        np.save(path, column)
+        with pytest.raises(UserError):
+            Pool.open(pool.path).read_bytes([6, 7, 8])
+        path.write_bytes(data)
+
+
 def test_verify_names_every_file_that_differs(pool: Pool) -> None:
     assert verify(pool) == []
     listed = [path for path in sorted(pool.path.rglob("*")) if path.is_file() and path.name != "pool.json"]
-    assert len(listed) == len(pool.info.shards) + 6
+    assert len(listed) == len(pool.info.shards) + len(COLUMNS) + 1
     for path in listed:
         data = path.read_bytes()
         for position in (0, len(data) // 2, len(data) - 1):
@@ -168,6 +284,16 @@ def test_a_pool_travels_to_other_processes(pool: Pool) -> None:
     other = pickle.loads(pickle.dumps(pool))
     assert len(pickle.dumps(pool)) < 20_000
     np.testing.assert_array_equal(other.images([5, 3]), pool.images([5, 3]))
+
+
+def test_a_contact_sheet_shows_images_of_any_shape(tmp_path: Path) -> None:
+    shapes = [(40, 30), (300, 200), (96, 96)]
+    encoded = [image.encode(np.full((h, w, 3), 10 * w % 251, np.uint8), "png", 0) for h, w in shapes]
+    for name, size, step in (("none", 0, 98), ("short", 20, 22)):
+        pool = handmade(tmp_path / name, encoded, resize=name, image_size=size)
+        sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(pool))))
+        assert sheet.shape == (2 * step + 2, 2 * step + 2, 3)
+        assert sheet[step // 2, step // 2].tolist() == [300 % 251] * 3
 
 
 def test_contact_sheet_and_counts(pool: Pool) -> None:

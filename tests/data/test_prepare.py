@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from ssl_diversity import files
-from ssl_diversity.data import image, recipes, runs, selection, writer
+from ssl_diversity.data import decoding, image, recipes, writer
 from ssl_diversity.data import prepare as preparing
 from ssl_diversity.data.config import PrepareSpec
-from ssl_diversity.data.pool import Pool, leaked
+from ssl_diversity.data.leaks import leaked
+from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import prepare, write_pool
 from ssl_diversity.data.verify import verify
 from ssl_diversity.errors import Interrupted, UserError
@@ -33,14 +35,14 @@ def spec_of(path: Path, **options: Any) -> PrepareSpec:
 
 
 def slow_pool(tree: Tree, seed: int = 0) -> list[tuple[bytes, int]]:
-    """(content hash, label) in pool order by the definition: sort by keyed hash and name, drop the copies."""
+    """(content hash, label) in pool order by the definition: sort by keyed hash, label, name; drop the copies."""
     rows = []
     for name, data in tree.items():
         if name.endswith(".png") and "broken" not in name:
             content = image.content_hash(image.decode_source(data))
-            rows.append((image.keyed_hash(seed, content), name, content, "abc".index(name[8])))
+            rows.append((image.keyed_hash(seed, content), "abc".index(name[8]), name, content))
     kept: dict[bytes, tuple[bytes, int]] = {}
-    for key, _, content, label in sorted(rows):
+    for key, label, _, content in sorted(rows):
         kept.setdefault(key, (content, label))
     return list(kept.values())
 
@@ -57,12 +59,13 @@ def test_order_and_deduplication_are_as_defined(tree: Tree, as_tar: Callable[...
         == pool.info.counts
     )
     dropped = [json.loads(line) for line in (pool.path / "dropped.jsonl").read_text().splitlines()]
-    assert [(d["cause"], d["name"], d.get("kept")) for d in dropped] == [
-        ("undecodable", "c/broken.png", None),
+    assert sorted((d["cause"], d["name"], d.get("kept")) for d in dropped) == [
         ("duplicate", "a/copy.png", "a/003.png"),
         ("duplicate", "b/copy.png", "a/003.png"),
+        ("undecodable", "c/broken.png", None),
     ]
-    assert (dropped[2]["label"], dropped[2]["kept_label"]) == (1, 0)
+    conflict = next(d for d in dropped if d["name"] == "b/copy.png")
+    assert (conflict["label"], conflict["kept_label"]) == (1, 0)
     by_content = {
         image.content_hash(image.decode_source(d)): d
         for n, d in tree.items()
@@ -75,20 +78,24 @@ def test_order_and_deduplication_are_as_defined(tree: Tree, as_tar: Callable[...
 
 
 def test_same_pool_from_every_form_part_size_pass_count_and_process_count(
-    tree: Tree, as_tar: Callable[..., Path], as_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tree: Tree,
+    as_tar: Callable[..., Path],
+    as_folder: Callable[..., Path],
+    small_memory: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preparing, "_PART_ITEMS", 5)  # 13 parts
     backwards = dict(reversed(tree.items()))
     forms = [
-        (as_tar(tree), 1, 128),
-        (as_tar(backwards, "backwards.tar"), 1, 3),  # 3 runs at a time: three passes
-        (as_tar(tree, "set.tar.gz", "w:gz"), 1, 2),
-        (as_folder(tree) / "flowers", 2, 128),
+        (as_tar(tree), 1, 1 << 20),
+        (as_tar(backwards, "backwards.tar"), 1, 1),  # many runs a part, many ranges of keys
+        (as_tar(tree, "set.tar.gz", "w:gz"), 1, 3000),
+        (as_folder(tree) / "flowers", 2, 1 << 20),
     ]
     pools = []
-    for path, processes, fan_in in forms:
-        monkeypatch.setattr(runs, "_FAN_IN", fan_in)
-        pools.append(prepare(spec_of(path, name=f"{path.stem}-{fan_in}"), processes=processes))
+    for path, processes, memory_bytes in forms:
+        small_memory(memory_bytes)
+        pools.append(prepare(spec_of(path, name=f"{path.stem}-{memory_bytes}"), processes=processes))
     assert len({pool.path for pool in pools}) == len(forms)
     assert (
         len({(pool.digest, pool.info.source_digest, pool.rows_digest(pool.rows(60))) for pool in pools}) == 1
@@ -224,10 +231,11 @@ def test_finished_parts_outlive_an_interruption_and_a_pool_is_made_once(
     monkeypatch.setattr(preparing, "_PART_ITEMS", 10)  # 7 parts
     path = as_tar(tree)
     expected = prepare(spec_of(path, name="undisturbed"))
-    stops = iter([False, False, False, True])
+    directory = spec_of(path).directory
     with pytest.raises(Interrupted):
-        prepare(spec_of(path), runtime=Runtime(stop=lambda: next(stops)))
-    assert not spec_of(path).directory.exists()
+        work = directory.with_name(f".{directory.name}.work")
+        prepare(spec_of(path), runtime=Runtime(stop=lambda: len(list(work.glob("*.json"))) == 3))
+    assert not directory.exists()
     decoded = []
     monkeypatch.setattr(
         image, "decode_source", lambda data, f=image.decode_source: decoded.append(1) or f(data)
@@ -235,7 +243,7 @@ def test_finished_parts_outlive_an_interruption_and_a_pool_is_made_once(
     seen: list[tuple[int, int]] = []
     pool = prepare(spec_of(path), runtime=Runtime(progress=lambda done, total: seen.append((done, total))))
     assert len(decoded) == 33  # 63 less the three parts that were finished
-    assert seen == [(n, 63) for n in (10, 20, 30, 40, 50, 60, 63)]
+    assert seen == [(n, 126) for n in (10, 20, 30, 40, 50, 60, 63, 126)]
     assert pool.digest == expected.digest
     decoded.clear()
     assert prepare(spec_of(path)).digest == expected.digest
@@ -259,9 +267,9 @@ def test_two_at_once_make_one_pool(
 ) -> None:
     path = as_tar(tree)
     sorted_parts = []
-    original = preparing._sort_part
+    original = decoding.Decoder.__call__
     monkeypatch.setattr(
-        preparing, "_sort_part", lambda *a: sorted_parts.append(1) or time.sleep(0.3) or original(*a)
+        decoding.Decoder, "__call__", lambda *a: sorted_parts.append(1) or time.sleep(0.3) or original(*a)
     )
     pools: list[Pool] = []
     threads = [threading.Thread(target=lambda: pools.append(prepare(spec_of(path)))) for _ in range(3)]
@@ -285,7 +293,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         full() if path.name == "pool.json" else original(path, value)
 
     target = {
-        "run": (preparing, "write_run", full),
+        "run": (decoding.RunWriter, "flush", full),
         "shard": (writer.ShardWriter, "_write", full),
         "index": (writer, "_close_synced", full),
         "pool.json": (files, "write_json", full_at_the_end),
@@ -345,12 +353,17 @@ def test_write_pool_that_fails_midway_leaves_nothing() -> None:
 
 
 KILLED = """
-import sys
+import os, signal, sys
 from ssl_diversity.data import prepare, recipes
+from ssl_diversity.runtime import Runtime
 prepare._PART_ITEMS = 40
+def note(text):
+    if text.startswith(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    prepare.prepare(recipes.resolve("digits"), processes=int(sys.argv[1]))
+    prepare.prepare(recipes.resolve("digits"), processes=int(sys.argv[1]), runtime=Runtime(note=note))
 """
+NEVER = "no note begins so"
 
 
 @pytest.mark.slow
@@ -363,7 +376,9 @@ def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> Non
     directory = recipes.resolve("digits").directory
     work = directory.with_name(f".{directory.name}.work")
     for kill, parts in enumerate((2, 9, 17, 26)):
-        process = subprocess.Popen([sys.executable, str(script), str(processes)], start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(processes), NEVER], start_new_session=True
+        )
         while len(list(work.glob("*.json"))) < parts and process.poll() is None:
             time.sleep(0.002)
         assert process.poll() is None, "it finished before it could be killed"
@@ -373,23 +388,131 @@ def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> Non
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not directory.exists()
+    for moment in ("finding copies", "writing"):
+        done = subprocess.run([sys.executable, str(script), str(processes), moment], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert not directory.exists()
+        assert len(list(work.glob("*.json"))) == 36  # parts
     pool = prepare(recipes.resolve("digits"))
     assert pool.digest == expected.digest
     assert [s.blake2b for s in pool.info.shards] == [s.blake2b for s in expected.info.shards]
     assert verify(pool) == []
 
 
-def test_selection_is_over_the_stream(tree: Tree) -> None:
-    """A million copies of one image need no more memory than one: copies are looked at one by one."""
-    record = runs.Record(b"k" * 16, b"name", selection.ENTRY.pack(b"c" * 16, b"r" * 16, -1) + b"image")
-    chosen = selection.Selection(PrepareSpec(source="digits", name="x"), set())
+@pytest.mark.slow
+def test_a_killed_worker_and_ctrl_c_end_all_processes_and_keep_finished_parts(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    directory = recipes.resolve("digits").directory
+    work = directory.with_name(f".{directory.name}.work")
 
-    class Counting:
-        rows = 0
+    def begun(parts: int) -> tuple[psutil.Process, list[psutil.Process]]:
+        command = [sys.executable, str(script), "2", NEVER]
+        process = psutil.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        while len(list(work.glob("*.json"))) < parts and process.poll() is None:
+            time.sleep(0.002)
+        workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        return process, workers
 
-        def add(self, *args: Any) -> None:
-            self.rows += 1
+    process, workers = begun(2)
+    workers[0].kill()
+    assert process.wait() == 1
+    assert "UserError: a worker process was killed (out of memory?)" in process.stderr.read()
+    process, workers = begun(10)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() != 0
+    said = process.stderr.read()
+    assert "KeyboardInterrupt" in said
+    assert "SpawnProcess" not in said  # only the parent answers
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert not directory.exists()
+    assert verify(prepare(recipes.resolve("digits"))) == []
 
-    out = Counting()
-    chosen.write((record._replace(name=b"%06d" % i) for i in range(5000)), out, Runtime())  # type: ignore[arg-type]
-    assert (out.rows, chosen.counts["duplicate"]) == (1, 4999)
+
+def test_too_little_memory_is_an_error_and_a_little_means_fewer_processes() -> None:
+    with pytest.raises(UserError, match=r"0\.05 GiB of memory is too little"):
+        decoding.share(1, 50 << 20)
+    assert decoding.share(2, 300 << 20)[0] == 1
+    for held in (0, 500 << 20):  # by the source's listing
+        processes, run_bytes = decoding.share(2, 2 << 30, held)
+        assert processes == 2
+        assert held + 3 * decoding.INTERPRETER_BYTES + 2 * 2 * run_bytes <= 2 << 30
+    with pytest.raises(UserError, match=r"allow 1\.\d+ or more"):
+        decoding.share(8, 1 << 30, 1 << 30)
+
+
+def test_tar_headers_are_those_of_tarfile() -> None:
+    import tarfile
+
+    for name, size in (("000000001.png", 0), ("123456789.jpg", 123_456_789), ("0.cls", 1)):
+        member = tarfile.TarInfo(name)
+        member.size = size
+        assert writer.tar_header(name.encode(), size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("codec", ["png", "jpeg", "original"])
+@pytest.mark.parametrize("resize", ["square", "short", "none"])
+def test_resize_policies_and_codecs(codec: str, resize: str, as_tar: Callable[..., Path]) -> None:
+    import io
+
+    from PIL import Image
+
+    if codec == "original" and resize != "none":
+        with pytest.raises(UserError, match="resize=none"):
+            spec_of(as_tar({"a.png": b""}), codec=codec, resize=resize)
+        return
+    smooth = np.add.outer(np.arange(40), np.arange(60))[..., None] + np.array([0, 40, 80])
+    tree = {}
+    for i, kind in enumerate(["png", "jpeg", "webp", "bmp"]):
+        buffer = io.BytesIO()
+        Image.fromarray((smooth + i).astype(np.uint8)).save(buffer, kind)
+        tree[f"{i}.{kind}"] = buffer.getvalue()
+    pool = prepare(spec_of(as_tar(tree), codec=codec, resize=resize, size=20))
+    assert verify(pool) == []
+    shape = {"square": (20, 20, 3), "short": (20, 30, 3), "none": (40, 60, 3)}[resize]
+    stored = pool.read_bytes(np.arange(4))
+    assert {image.decode_source(data).shape for data in stored} == {shape}
+    assert pool.images(np.arange(4), size=16).shape == (4, 16, 16, 3)
+    if codec == "original":
+        assert set(stored) == set(tree.values())
+
+
+def test_near_copies_go_after_an_earlier_row_and_beside_an_excluded_one(
+    as_tar: Callable[..., Path], as_folder: Callable[..., Path]
+) -> None:
+    import io
+
+    from PIL import Image
+
+    def jpeg(seed: int, quality: int) -> bytes:
+        small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(small).resize((48, 48), Image.Resampling.BICUBIC).save(
+            buffer, "jpeg", quality=quality
+        )
+        return buffer.getvalue()
+
+    tree = {f"a/{seed}.jpg": jpeg(seed, 95) for seed in range(20)}
+    tree |= {f"b/{seed}.jpg": jpeg(seed, 60) for seed in range(5)}  # near copies, of another class
+    test = as_folder(
+        {
+            f"{split}/{c}/{i}.jpg": jpeg(n, 80)
+            for n, (split, c, i) in enumerate(
+                [("test", "a", 0), ("test", "b", 1), ("train", "a", 2), ("train", "b", 3)], 8
+            )
+        },
+        "t",
+    )
+    options = {"size": 32, "near_duplicates": True}
+    pool = prepare(spec_of(as_tar(tree), **options))
+    assert pool.info.counts["near_duplicate"] == pool.info.counts["conflict"] == 5
+    assert pool.size == 20
+    assert pool.signature.shape[0] == pool.thumbnail.shape[0] == 20
+    assert verify(pool) == []
+    lines = [json.loads(line) for line in (pool.path / "dropped.jsonl").read_text().splitlines()]
+    assert {Path(line["name"]).stem for line in lines} == {str(i) for i in range(5)}
+    assert all(Path(line["kept"]).stem == Path(line["name"]).stem for line in lines)
+    without = prepare(spec_of(as_tar(tree), exclude=[str(test)], name="without", **options))
+    assert without.info.counts["excluded"] == 2
+    assert without.size == 18

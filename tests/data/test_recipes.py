@@ -1,5 +1,6 @@
 """From what a user names to a spec."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +14,25 @@ from ssl_diversity.errors import UserError
 Tree = dict[str, bytes]
 
 
+GENERIC = {"folder", "webdataset", "parquet"}
+
+
 def test_every_packaged_recipe_says_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CIFAR10_PATH", str(tmp_path))
-    monkeypatch.setenv("TINY_IMAGENET_PATH", str(tmp_path))
-    assert {"digits", "photo_patches", "cifar10", "tiny-imagenet", "folder"} <= set(recipes.names())
+    assert {"digits", "photo_patches", "cifar10", "tiny-imagenet", *GENERIC} <= set(recipes.names())
     for name in recipes.names():
+        text = (files.REPOSITORY / "datasets" / f"{name}.yaml").read_text()
+        for variable in re.findall(r"oc\.env:(\w+)", text):
+            monkeypatch.setenv(variable, str(tmp_path))
         raw = recipes.load(name)
         assert raw["name"] == name
         assert raw["description"]
+        assert recipes.expected(name).keys() <= {"train", "test", "all", "classes"}
         if raw["source"] in SOURCES:
-            spec = recipes.resolve(name, {"path": str(tmp_path)} if name == "folder" else {})
+            spec = recipes.resolve(name, {"path": str(tmp_path)} if name in GENERIC else {})
             assert spec.source == raw["source"]
+            assert spec.name == (tmp_path.name if name in GENERIC else name)
             assert spec.directory.parent == files.pools_dir()
-            assert name == "folder" or (spec.terms and spec.origin)
+            assert name in GENERIC or (spec.terms and spec.origin)
 
 
 def test_layers_recipe_then_defaults_then_options(tmp_path: Path) -> None:
@@ -61,6 +68,82 @@ def test_a_path_is_a_recipe(
     assert (train.holdout, direct.holdout) == (0.2, None)
 
 
+@pytest.mark.parametrize(
+    ("entries", "kind"),
+    [
+        (["a/0.jpg", "a/1.tar"], "folder"),
+        (["000.tar", "000.parquet", "000_stats.json"], "webdataset"),  # as img2dataset leaves them
+        (["train/0.tar", "val/0.tar", "classes.txt"], "webdataset"),
+        (["data/train-00000-of-00001.parquet", "README.md"], "parquet"),
+        ([".cache/0.jpg", "._0.jpg", "data/0.parquet"], "parquet"),
+        (["notes.txt"], "folder"),
+        ([], "folder"),
+    ],
+)
+def test_a_folder_is_known_by_what_is_in_it(entries: list[str], kind: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for entry in entries:
+        (tmp_path / "set" / entry).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / entry).touch()
+    raw = recipes.load(str(tmp_path / "set"))
+    assert raw == {"source": kind, "name": "set", "options": {"path": str(tmp_path / "set")}}
+
+
+def test_files_patterns_and_addresses_are_known_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers").mkdir()
+    for name in ("0.tar", "1.tar", "odd[1].tar", "x.parquet"):
+        (tmp_path / "flowers" / name).touch()
+    cases = {
+        "flowers/0.tar": ("folder", "0"),
+        "flowers/odd[1].tar": ("folder", "odd-1-"),
+        "flowers/{0..1}.tar": ("webdataset", "flowers"),
+        "flowers/[01].tar": ("webdataset", "flowers"),
+        "flowers/x.parquet": ("parquet", "x"),
+        "flowers/*.parquet": ("parquet", "flowers"),
+        "https://host.example/sets/flowers/{000..127}.tar": ("webdataset", "flowers"),
+    }
+    for text, (kind, name) in cases.items():
+        spec = recipes.resolve(text)
+        assert (spec.source, spec.name) == (kind, name), text
+        assert spec.options["path"] == (text if "://" in text else str(tmp_path / text))
+        assert recipes.resolve(kind, {"path": text}).identity() == spec.identity()
+    exclude = ("digits", "torchvision:CIFAR10", "flowers/0.tar", "https://host.example/{0..1}.tar")
+    kept = recipes.resolve("digits", {"exclude": exclude}).exclude
+    assert kept == (*exclude[:2], str(tmp_path / "flowers/0.tar"), exclude[3])
+
+
+def test_a_torchvision_set_by_its_name(tmp_path: Path) -> None:
+    raw = recipes.load("torchvision:STL10")
+    assert (raw["source"], raw["name"], raw["options"]) == ("torchvision", "stl10", {"dataset": "STL10"})
+    spec = recipes.resolve("torchvision:STL10", {"path": str(tmp_path)})
+    assert spec.name == recipes.resolve("torchvision", {"dataset": "STL10", "path": str(tmp_path)}).name
+    assert recipes.downstream("torchvision:STL10", {"path": str(tmp_path)})[1].name == "stl10-test"
+    with pytest.raises(UserError, match=r"path: .* give path=FOLDER, torchvision's root"):
+        recipes.resolve("torchvision:STL10")
+
+
+def test_expected_counts_are_for_people_and_checked(tmp_path: Path) -> None:
+    assert recipes.expected("digits") == {}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("source: digits\nexpected: {train: 1437, test: 360}\nchecksums: {a.tar: 00ff}\n")
+    assert recipes.expected(str(recipe)) == {"train": 1437, "test": 360}
+    assert recipes.resolve(str(recipe)).digest == recipes.resolve("digits", {"size": 64}).digest
+    for wrong in ("5", "{train: many}", "{valid: 3}"):
+        recipe.write_text(f"source: digits\nexpected: {wrong}\n")
+        with pytest.raises(UserError, match="write a number for some of all, classes, test, train"):
+            recipes.expected(str(recipe))
+
+
+def test_what_a_sweep_sets_for_all_its_pools_is_checked_too() -> None:
+    spec = recipes.resolve("digits", {}, defaults={"resize": "none", "near_duplicates": True})
+    assert (spec.resize, spec.near_duplicates) == ("none", True)
+    with pytest.raises(UserError, match="unknown key 'reszie'; did you mean 'resize'"):
+        recipes.resolve("digits", {}, defaults={"reszie": "none"})
+
+
 def test_name_and_notes_are_not_identity_and_values_are() -> None:
     base = recipes.resolve("digits")
     assert recipes.resolve("digits", {"name": "other"}).digest == base.digest
@@ -87,7 +170,8 @@ def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("CIFAR10_PATH", raising=False)
     cases = [
         (("digit", {}), "did you mean 'digits'"),
-        (("digits", {"sice": 3}), "unknown key 'sice'"),
+        (("digits", {"sice": 3}), "unknown key 'sice'; did you mean 'size'"),
+        (("folder", {"path": str(tmp_path), "lebelled": True}), "did you mean 'labelled'"),
         (("digits", {"size": 0}), "size: .*greater than 0"),
         (("digits", {"filter": "sharp"}), "filter: .*bicubic"),
         (("digits", {"name": "a/b"}), "name: "),
@@ -96,6 +180,9 @@ def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest
         (("cifar10", {"path": "/nowhere/c.tar"}), "path=/nowhere/c.tar: no such folder .* CIFAR10_PATH"),
         (("folder", {}), "give path="),
         (("/nowhere/x", {}), "path=/nowhere/x: no such folder"),
+        (("/nowhere/{00..11}.tar", {}), "no such file like that"),
+        (("/nowhere/*.parquet", {}), "no such file like that"),
+        ((f"{tmp_path}/{{0..3.tar", {}), "a brace is not closed"),
         (("absent.yaml", {}), "no such file: absent.yaml"),
     ]
     for (text, options), message in cases:

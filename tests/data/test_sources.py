@@ -2,11 +2,13 @@
 
 import io
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from ssl_diversity.data import image, recipes
 from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.data.sources import SOURCES, source_class
-from ssl_diversity.data.sources.base import Item
+from ssl_diversity.data.sources.base import Item, Part
 from ssl_diversity.data.sources.layout import is_image, read_layout
+from ssl_diversity.data.sources.listing import FilePart, Lister, file_parts
+from ssl_diversity.data.sources.tars import members
 from ssl_diversity.errors import UserError
 
 Tree = dict[str, bytes]
@@ -71,7 +75,9 @@ def test_unsplit_trees_flat_folders_and_labelled() -> None:
 
 def test_which_files_are_images() -> None:
     assert is_image("a/b.JPEG")
-    assert not any(map(is_image, ("a/b.txt", ".cache/b.png", "a/._b.png", "__MACOSX/b.png", "png")))
+    assert not any(
+        map(is_image, ("a/b.txt", ".cache/b.png", "a/._b.png", "__MACOSX/b.png", "png", "a.png/b"))
+    )
 
 
 def test_folder_tar_and_gzipped_tar_yield_the_same(
@@ -149,6 +155,97 @@ def test_links_in_a_tar_are_refused_and_other_files_are_no_tar(
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="nothing: no images in it"):
         items("folder", tmp_path, path=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds_also_in_a_tar_inside_another(form: int, tmp_path: Path) -> None:
+    names = ["./plain.png", "b/ü.png", f"b/{'long' * 20}/{'name' * 10}.png", "b//c/./d.png", "e", "empty.png"]
+    sizes = [1, 511, 512, 513, 5000, 0]
+    with tarfile.open(tmp_path / "set.tar", "w", format=form) as tar:
+        for kind, linkname in ((tarfile.DIRTYPE, ""), (tarfile.SYMTYPE, "b"), (tarfile.LNKTYPE, "e")):
+            member = tarfile.TarInfo(f"kind{kind.decode()}")
+            member.type, member.linkname = kind, linkname
+            tar.addfile(member)
+        for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = size, i + 0.25  # a fraction takes an extension
+            tar.addfile(member, io.BytesIO(os.urandom(size)))
+    with tarfile.open(tmp_path / "set.tar") as tar:
+        expected = [
+            (
+                str(PurePosixPath(m.name)),
+                m.offset_data,
+                m.size,
+                "file" if m.isreg() else "folder" if m.isdir() else "other",
+            )
+            for m in tar
+        ]
+    assert [tuple(member) for member in members(tmp_path / "set.tar")] == expected
+    data = (tmp_path / "set.tar").read_bytes()
+    (tmp_path / "outer").write_bytes(b"x" * 100 + data + b"x" * 1000)
+    inner = members(tmp_path / "outer", start=100, stop=100 + len(data))
+    assert [(m.name, m.offset - 100, m.size, m.kind) for m in inner] == expected
+    with pytest.raises(UserError, match="outer: truncated tar"):
+        list(members(tmp_path / "outer", start=100, stop=expected[-1][1] + 100))
+
+
+def test_a_header_that_would_turn_back_is_no_member(tmp_path: Path, as_tar: Callable[..., Path]) -> None:
+    path = as_tar({"a/0.png": b"", "a/1.png": b""})
+    data = bytearray(path.read_bytes())
+    data[512 + 124 : 512 + 136] = b"-0000001000\0"
+    header = data[512:1024]
+    total = sum(header) - sum(header[148:156]) + 8 * 32
+    data[512 + 148 : 512 + 156] = b"%06o\0 " % total
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"truncated tar"):
+        list(members(path))
+
+
+def test_files_that_vanish_or_change_between_listing_and_reading_are_told(
+    tree: Tree, tmp_path: Path, as_folder: Callable[..., Path], as_tar: Callable[..., Path]
+) -> None:
+    cls = source_class("folder")
+
+    def opened(path: Path) -> list[Part]:
+        return list(cls(cls.Options(path=str(path)), tmp_path).parts("all", 100))
+
+    folder, archive = as_folder(tree), as_tar(tree)
+    [part] = opened(folder)
+    before = part.key()
+    changed = folder / "flowers/b/copy.png"
+    changed.write_bytes(changed.read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"b/copy.png: changed since it was listed"):
+        list(part)
+    [part] = opened(folder)
+    assert part.key() != before
+    changed.unlink()
+    with pytest.raises(UserError, match=r"b/copy.png: vanished"):
+        list(part)
+    [part] = opened(archive)
+    archive.write_bytes(archive.read_bytes())
+    os.utime(archive, ns=(0, 1))
+    with pytest.raises(UserError, match=r"set.tar: changed"):
+        list(part)
+    (folder / "flowers/a/nowhere.png").symlink_to("absent")
+    with pytest.raises(UserError, match=r"nowhere.png: vanished"):
+        opened(folder)
+
+
+def test_listings_are_compact_and_parts_are_made_one_by_one(tmp_path: Path) -> None:
+    names = [f"class{i // 100:04d}/image_{i:08d}.JPEG" for i in range(20_000)]
+    lister = Lister()
+    for i, name in enumerate(names):
+        lister.add(name, i, 10**18 + i)
+    listing = lister.finish()
+    assert list(listing.names()) == names
+    assert listing.size.tolist() == list(range(20_000))
+    assert len(pickle.dumps(listing)) < 1000 + sum(len(name) + 24 for name in names)
+    chosen = np.stack([np.arange(20_000), np.arange(20_000) // 100], axis=1)
+    parts = file_parts(partial(FilePart, tmp_path, 0), listing, chosen[::-1], 1000)
+    first = next(parts)
+    assert list(first.listing.names()) == names[:-1001:-1]
+    assert first.labels[0] == 199
+    assert len(pickle.dumps(first)) < 1000 + 1000 * (len(names[0]) + 32)
 
 
 def test_digits_and_photo_patches(tmp_path: Path) -> None:

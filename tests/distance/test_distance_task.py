@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ssl_diversity.data import recipes
 from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.data.prepare import prepare
+from ssl_diversity.data.subset import PartSpec, Subset
 from ssl_diversity.data.writer import write_pool
 from ssl_diversity.distance import DistanceSpec, diversity, task
 from ssl_diversity.distance.extractors import Extractor, load_extractor
@@ -42,14 +44,12 @@ def noise(tmp_path: Path) -> Pool:
 
 
 def spec(source: Pool, reference: Pool, *, start: int = 0, count: int = 100, **changes: Any) -> DistanceSpec:
+    subset = Subset(((source, Rows(start, count, source.size)),))
     values = {
-        "pool": str(source.path),
-        "rows_start": start,
-        "rows_count": count,
-        "rows_digest": source.rows_digest(Rows(start, count, source.size)),
+        "parts": subset.specs,
+        "rows_digest": subset.digest,
         "reference_pool": str(reference.path),
         "reference_digest": reference.digest,
-        "n": 100,
         "bins": 100,
     }
     return DistanceSpec(**values | changes)  # type: ignore[arg-type]
@@ -61,7 +61,6 @@ def run(spec: DistanceSpec, runtime: Runtime | None = None) -> dict[str, Any]:
 
 def features(pool: Pool, rows: Rows, extractor: Extractor) -> np.ndarray:
     images = pool.images(rows.numbers()).transpose(0, 3, 1, 2)
-    import torch
 
     return extractor(torch.from_numpy(np.ascontiguousarray(images)))[0].numpy().astype(np.float64)
 
@@ -83,7 +82,7 @@ def test_digits_are_nearer_to_digits_than_photographs_and_those_than_noise(
 
 def test_measures_are_those_of_the_features_themselves(digits: Pool, photos: Pool) -> None:
     """The subset wraps at the pool's end; batches and the floor's cuts leave no trace."""
-    result = run(spec(photos, digits, start=150, count=120))
+    result = run(spec(photos, digits, start=150))
     extractor = load_extractor("random-resnet", image_size=SIZE)
     mine = features(photos, Rows(150, 100, photos.size), extractor)
     theirs = features(digits, Rows(0, 100, digits.size), extractor)
@@ -105,9 +104,9 @@ def test_images_on_both_sides_are_counted(digits: Pool, photos: Pool) -> None:
 
 
 def test_a_small_reference_gives_the_floor_at_half_its_size(digits: Pool, photos: Pool) -> None:
-    result = run(spec(photos, digits, count=200, n=150))
+    result = run(spec(photos, digits, count=150))
     assert (result["floor_n"], result["floor_note"]) == (150, None)
-    result = run(spec(digits, photos, count=200, n=150))
+    result = run(spec(digits, photos, count=150))
     assert result["floor_n"] == 100
     assert "has 200 images, fewer than 2n = 300" in result["floor_note"]
     extractor = load_extractor("random-resnet", image_size=SIZE)
@@ -158,10 +157,9 @@ def test_it_stops_between_batches_and_keeps_what_is_whole(digits: Pool, photos: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 101}, "n=101: there are only 100 rows of photo_patches; lower n to 100"),
-        ({"rows_digest": "other"}, "photo_patches.*: changed since this distance was planned"),
+        ({"rows_digest": "other"}, "photo_patches.* has changed since this distance was planned"),
         ({"reference_digest": "other"}, "digits.*: changed since this distance was planned"),
-        ({"pool": "nowhere"}, "nowhere"),
+        ({"parts": [PartSpec(pool="nowhere", rows_start=0, rows_count=100)]}, "nowhere"),
         ({"extractor": "nowhere.pt"}, "extractor=nowhere.pt: no such file"),
     ],
 )
@@ -175,7 +173,7 @@ def test_a_wrong_spec_is_one_clear_line(
 
 def test_more_than_the_reference_has_is_refused(digits: Pool, photos: Pool) -> None:
     with pytest.raises(UserError, match="only 200 images of photo_patches; lower n to 200"):
-        run(spec(digits, photos, count=300, n=250))
+        run(spec(digits, photos, count=250))
 
 
 def test_features_that_are_not_finite_are_refused(digits: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +190,32 @@ def test_features_that_are_not_finite_are_refused(digits: Pool, monkeypatch: pyt
 def test_planning_imports_no_torch() -> None:
     code = "import sys; import ssl_diversity.distance, ssl_diversity.distance.diversity; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_mixture_is_measured_as_the_images_of_all_its_parts(digits: Pool, photos: Pool) -> None:
+    subset = Subset(((photos, photos.rows(60)), (digits, digits.rows(40))))
+    result = run(spec(photos, digits, parts=subset.specs, rows_digest=subset.digest))
+    extractor = load_extractor("random-resnet", image_size=SIZE)
+    mine = np.concatenate([features(pool, rows, extractor) for pool, rows in subset.parts])
+    assert result["n"] == 100
+    assert result["vendi"] == pytest.approx(diversity.vendi(mine), rel=1e-4)
+    assert result["shared_images"] == 40
+    alone = run(spec(photos, digits))
+    assert result["frechet"] < alone["frechet"]
+
+
+@pytest.mark.parametrize("resize", ["square", "short", "none"])
+def test_images_stored_larger_are_measured_as_cells_see_them(digits: Pool, photos: Pool, resize: str) -> None:
+    larger = prepare(recipes.resolve("photo_patches", {"size": 20, "resize": resize, "max_images": 200}))
+    result = run(spec(larger, digits))
+    assert result["extractor"] == "random-resnet@16px"
+    extractor = load_extractor("random-resnet", image_size=SIZE)
+    seen = torch.from_numpy(larger.images(np.arange(100), SIZE)).permute(0, 3, 1, 2).contiguous()
+    assert result["vendi"] == pytest.approx(diversity.vendi(extractor(seen)[0].numpy()), rel=1e-4)
+
+
+def test_a_reference_without_a_size_is_told_apart(photos: Pool) -> None:
+    loose = prepare(recipes.resolve("digits", {"resize": "none", "max_images": 300}))
+    assert run(spec(photos, loose))["extractor"] == "random-resnet@16px"
+    with pytest.raises(UserError, match="keeps images of different sizes"):
+        run(spec(loose, loose))

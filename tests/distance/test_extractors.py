@@ -214,17 +214,15 @@ def test_broken_weights_are_one_clear_line(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_spec_is_refused_where_a_value_makes_no_sense() -> None:
-    good = {
-        "pool": "a",
-        "rows_count": 4,
-        "rows_digest": "x",
-        "reference_pool": "b",
-        "reference_digest": "y",
-        "n": 4,
-    }
+    here, there = (
+        {"pool": pool, "rows_start": start, "rows_count": 4} for pool, start in (("a", 0), ("c", 9))
+    )
+    good = {"parts": [here], "rows_digest": "x", "reference_pool": "b", "reference_digest": "y"}
     spec = DistanceSpec(**good)  # type: ignore[arg-type]
-    moved = DistanceSpec(**good | {"pool": "c", "reference_pool": "d", "rows_start": 9})  # type: ignore[arg-type]
+    assert spec.n == 4
+    moved = DistanceSpec(**good | {"parts": [there], "reference_pool": "d"})  # type: ignore[arg-type]
     assert spec.identity() == moved.identity()
-    for bad in ({"n": 1}, {"bins": 1}, {"resize": "nearest"}, {"extractr": "x"}):
+    one = {"parts": [here | {"rows_count": 1}]}
+    for bad in (one, {"parts": []}, {"bins": 1}, {"resize": "nearest"}, {"extractr": "x"}):
         with pytest.raises(ValueError):
             DistanceSpec(**good | bad)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation import ProbeSettings, ProbeSpec, probe
+from ssl_diversity.evaluation.outcome import accuracy_without
 from ssl_diversity.evaluation.task import check
 from ssl_diversity.runtime import Runtime
 
@@ -53,6 +54,8 @@ def test_a_baseline_gets_a_row_per_probe(digits: tuple[Pool, Pool], tmp_path: Pa
         assert 0.5 < row["accuracy_low"] < row["accuracy"] < row["accuracy_high"] <= 1
         assert row["n_test"] == digits[1].size
         assert row["chance"] == pytest.approx(0.1)
+        none = np.zeros(digits[1].size, bool)
+        assert accuracy_without(row, none) == pytest.approx(row["accuracy"])
     by_name = {row["probe"]: row for row in result["rows"]}
     assert by_name["linear"]["accuracy"] > by_name["fewshot-5"]["accuracy"]
     assert by_name["linear"]["chosen"] in ProbeSettings().l2

@@ -1,5 +1,6 @@
 """The probes on features: references, splits, draws, and that test labels choose nothing."""
 
+import json
 import math
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from ssl_diversity.evaluation.fewshot import cross_validate, draw, fewshot, labe
 from ssl_diversity.evaluation.knn import knn, knn_votes
 from ssl_diversity.evaluation.labels import Labelled, ranks, standardise
 from ssl_diversity.evaluation.linear import choose, linear, validation_part
-from ssl_diversity.evaluation.outcome import Outcome, t_interval, wilson
+from ssl_diversity.evaluation.outcome import Outcome, accuracy_without, as_hits, t_interval, wilson
 
 QUICK = ProbeSettings(draws=4, l2=(1e-3, 1e-1, 10.0))
 FIVE = parse_probe("fewshot-5")
@@ -56,6 +57,29 @@ def test_a_probe_is_better_than_chance_and_its_interval_holds_its_accuracy(
 @pytest.mark.parametrize("probe", RUNS)
 def test_a_probe_is_deterministic(probe: Callable[[Labelled], Outcome]) -> None:
     assert probe(downstream()) == probe(downstream())
+
+
+@pytest.mark.parametrize("probe", RUNS)
+def test_a_probe_says_which_test_images_it_is_right_about(probe: Callable[[Labelled], Outcome]) -> None:
+    data = downstream()
+    found = probe(data)
+    hits = np.frombuffer(found.hits, "<u2")
+    assert found.trials == max(1, len(found.draws))
+    assert hits.shape == (len(data.test),)
+    assert hits.max() <= found.trials
+    assert hits.mean() / found.trials == pytest.approx(found.accuracy)
+    half = Labelled(data.train, data.train_labels, data.test[::2], data.test_labels[::2], data.names)
+    np.testing.assert_array_equal(np.frombuffer(probe(half).hits, "<u2"), hits[::2])
+    row = json.loads(json.dumps(found.row()))
+    left_out = np.arange(len(hits)) % 2 == 1
+    assert accuracy_without(row, left_out) == pytest.approx(probe(half).accuracy)
+    assert accuracy_without(row, np.zeros(len(hits), bool)) == pytest.approx(found.accuracy)
+    assert accuracy_without(row, np.ones(len(hits), bool)) is None
+
+
+def test_more_draws_than_a_byte_counts_are_counted() -> None:
+    row = Outcome(1.0, 1.0, 1.0, hits=as_hits(np.full(3, 300)), trials=300).row()
+    assert accuracy_without(row, np.zeros(3, bool)) == 1.0
 
 
 @pytest.mark.parametrize("probe", RUNS)

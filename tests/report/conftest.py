@@ -28,6 +28,7 @@ def make_records(
             "accuracy": value,
             "accuracy_low": value - 0.03,
             "accuracy_high": value + 0.03,
+            "accuracy_clean": value,
             "n_test": 360,
             "chance": 0.1,
         }
@@ -49,7 +50,7 @@ def make_records(
                             "recipe": "quick", "source": source, "source_kind": kind, "pool_digest": "ab" * 16,
                             "source_real_images": 1437, "unique_samples": n, "budget": 4096, "budget_asked": "4096",
                             "batch_size": 64, "seed": s, "replicate": s, "overlap": 0.1, "precision": "bf16-mixed",
-                            "leaked": 0, "extractor": "random-resnet", "distance_n": 1024, "frechet": frechet[source],
+                            "leaked": 0, "leaked_near": 0, "extractor": "random-resnet", "distance_n": 1024, "frechet": frechet[source],
                             "frechet_floor": 0.19, "visual_dna": frechet[source] / 100, "visual_dna_floor": 0.01,
                             "vendi": 5.0,
                         }  # fmt: skip

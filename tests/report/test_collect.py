@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_diversity.data.leaks import find_leaks
+from ssl_diversity.data.pool import Pool
+from ssl_diversity.evaluation.outcome import Outcome, as_hits
 from ssl_diversity.files import read_json, write_json
 from ssl_diversity.report import write_report
 from ssl_diversity.report.collect import collect, command, history
@@ -33,7 +36,9 @@ def made_up(task: Task) -> dict[str, Any]:
         return {"effective_rank": 9.5, "collapsed": False, "flops": 10**9, "train_seconds": 1.5, "peak_memory_bytes": 10**8,
                 "final_loss": 0.5, "history": [[8, 2.0], [64, 0.5]]}  # fmt: skip
     if task.kind == "probe":
-        rows = [{"probe": p, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "n_test": 9, "chance": 0.5}
+        n_test = Pool.open(task.spec.test_pool).size  # type: ignore[attr-defined]
+        right = Outcome(0.5, 0.4, 0.6, hits=as_hits(np.arange(n_test) % 2), trials=1).row()
+        rows = [{"probe": p, **right, "n_test": n_test, "chance": 0.5}
                 for p in task.spec.probes]  # type: ignore[attr-defined]  # fmt: skip
         return {"rows": rows, "effective_rank": 4.0}
     n = task.spec.n  # type: ignore[attr-defined]
@@ -98,6 +103,36 @@ def test_every_cell_downstream_set_and_probe_is_a_record(sweep: SweepConfig) -> 
     assert set(found.tasks["pretrain"]) == {"done"}
     assert found.run["machine"] == "laptop"
     assert history(one["cell"]) == [(8, 2.0), (64, 0.5)]
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_accuracy_without_leaked_images_leaves_out_those_of_the_cell(sweep: SweepConfig, near: bool) -> None:
+    sweep = sweep.model_copy(update={"near_duplicates": near})
+    for task in expand(sweep).tasks:
+        if task.kind == "prepare":
+            prepare_pool(task.spec, task.folder, Runtime())  # type: ignore[arg-type]
+    plan = expand(sweep)
+    for task in plan.tasks:
+        if task.kind != "prepare":
+            finish(task)
+    test = plan.downstream[0].test
+    assert test is not None
+    cells = {cell.task.key: cell for cell in plan.cells if cell.task}
+    found = collect(sweep).records
+    leaky = 0
+    for record in found:
+        if not record.get("source"):
+            assert record["accuracy_clean"] == record["accuracy"]
+            continue
+        leaks = find_leaks(test, cells[record["cell"]].parts)
+        assert record["leaked"] == leaks.exact.sum()
+        assert record["leaked_near"] == (leaks.near.sum() if leaks.near is not None else None)
+        assert (leaks.near is not None) == near
+        right = (np.arange(test.size) % 2)[~leaks.known]  # as `made_up` has it
+        clean = record["accuracy"] if not leaks.known.any() else right.mean()
+        assert record["accuracy_clean"] == pytest.approx(clean)
+        leaky += record["leaked"] > 0
+    assert leaky > 0
 
 
 def test_what_is_missing_or_failed_is_said_and_fails_nothing(sweep: SweepConfig) -> None:

@@ -13,7 +13,7 @@ from ssl_diversity.report.records import Collected
 
 Records = Callable[..., list[dict]]
 Make = Callable[..., Collected]
-SECTIONS = ["The answer", "Accuracy against unique images", "Gain against distance", "Tables", "Baselines",
+SECTIONS = ["The answer", "Accuracy against unique images", "Gain against distance", "Tables", "Leaked test images", "Baselines",
             "Collapsed cells and failed tasks", "How it was run"]  # fmt: skip
 
 
@@ -100,11 +100,34 @@ def test_a_generated_source_that_is_not_nearer_is_said_to_be_so(
     )
 
 
-def test_a_leak_is_named(records: Records, collected: Make, tmp_path: Path) -> None:
-    made = [r | ({"leaked": 7} if r.get("source") == "digits" else {}) for r in records()]
-    assert "Leak: 7 of 360 test images of digits have an exact copy in a subset of digits" in text_of(
-        write(collected(made), tmp_path)
+def test_a_leak_is_named_with_what_it_does_to_accuracy(
+    records: Records, collected: Make, tmp_path: Path
+) -> None:
+    leaky = {"leaked": 7, "leaked_near": 9}
+    made = [
+        r | (leaky | {"accuracy_clean": r["accuracy"] - 0.012} if r.get("source") == "digits" else {})
+        for r in records()
+    ]
+    text = text_of(write(collected(made), tmp_path))
+    assert (
+        "digits leaks into digits: up to 7 of 360 test images have an exact copy among the images of a cell, and 9 an "
+        "exact or near one. Without them, fewshot-5 accuracy changes by −1.2 points (mean of 8 cells" in text
     )
+    assert "digits leaks into photo_patches" not in text
+    assert "were not looked for" not in text
+
+
+def test_near_copies_that_nobody_looked_for_are_not_said_to_be_absent(
+    records: Records, collected: Make, tmp_path: Path
+) -> None:
+    assert "No test image has an exact or near copy" in text_of(write(collected(records()), tmp_path / "a"))
+    unknown = [{k: v for k, v in r.items() if k != "leaked_near"} for r in records()]
+    text = text_of(write(collected(unknown), tmp_path / "b"))
+    assert "No test image has an exact copy in any cell's subset." in text
+    assert "were not looked for everywhere" in text
+    exact = [r | ({"leaked": 7} if r.get("source") == "digits" else {}) for r in unknown]
+    text = text_of(write(collected(exact), tmp_path / "c"))
+    assert "up to 7 of 360 test images have an exact copy among the images of a cell." in text
 
 
 def test_figures_are_files_too_as_svg_and_png(page: Path) -> None:

@@ -1,8 +1,11 @@
 """A sweep file says what it means, refuses what it cannot mean in one line, and remembers what was asked."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
+from ssl_diversity.data.order import Windowed
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import config, record
@@ -10,7 +13,7 @@ from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile, load_profile
 
 
-@pytest.mark.parametrize("name", ["quickstart", "cifar10", "tiny-imagenet"])
+@pytest.mark.parametrize("name", ["quickstart", "cifar10", "tiny-imagenet", "imagenet", "yfcc100m"])
 def test_the_packaged_sweeps_load(name: str) -> None:
     assert config.load(name).name == name
 
@@ -67,7 +70,8 @@ def test_nonsense_is_refused_in_one_line(overrides: list[str], says: str) -> Non
         (["distance.extractor=random-resnte"], "no such file"),
         (["sources=[digitz]"], "did you mean 'digits'"),
         (["sources=[/nowhere/at/all]"], "no such folder"),
-        (["sources.digits.size=32", "sources.digits.recipe=digits"], "trains at image_size=16"),
+        (["sources.digits.size=8", "sources.digits.recipe=digits"], "trains at image_size=16"),
+        (["sources.digits.size=32", "sources.digits.recipe=digits"], "allow_mixed_encoding"),
         (["downstream.digits.codec=jpeg"], "allow_mixed_encoding"),
         (["downstream=[/nowhere.tar]"], "downstream.nowhere"),
     ],
@@ -137,6 +141,77 @@ def test_a_run_needs_the_environment_once(tmp_path, monkeypatch: pytest.MonkeyPa
     expand(again)
     monkeypatch.setenv("CIFAR10_PATH", str(moved))
     assert config.load("cifar10").sources["cifar10"]["path"] == str(moved)
+
+
+def test_imagenet_is_stored_with_pixels_to_spare_and_probed_at_the_training_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGENET_PATH", str(tmp_path))
+    monkeypatch.setenv("YFCC100M_METADATA", str(tmp_path))
+    for name in ("imagenet", "yfcc100m"):
+        sweep = config.load(name)
+        source, train, test = (task.spec for task in expand(sweep).tasks)
+        stored = {"size": 256, "resize": "short", "codec": "jpeg", "quality": 90}
+        assert {key: getattr(source, key) for key in stored} == stored
+        assert source.near_duplicates == train.near_duplicates == sweep.near_duplicates
+        for spec in (train, test):
+            assert {key: getattr(spec, key) for key in stored} == stored | {"size": 224, "resize": "square"}
+        assert sweep.windowed is not None
+        assert sweep.batch_size % sweep.windowed.lanes == 0
+    record.remember(sweep)
+    monkeypatch.delenv("IMAGENET_PATH")
+    monkeypatch.delenv("YFCC100M_METADATA")
+    expand(config.load("yfcc100m"))  # the record knows where they are
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("order=local", "expected global, or windowed"),
+        ("order={windowed: {shards: 0}}", "order: windowed.shards"),
+        ("order={windowed: {shard: 2}}", "did you mean 'shards'"),
+        ("order={shards: 2}", "expected global, or windowed"),
+        ("decode=fast", "decode"),
+        ("encoding.resize=round", "encoding.resize"),
+    ],
+)
+def test_how_images_are_read_is_refused_in_one_line(override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        config.load("quickstart", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_original_bytes_go_with_downstream_sets_that_add_no_mark() -> None:
+    base = ["sources=[digits,photo_patches]", "encoding={codec: original, resize: none}"]
+    plan = expand(config.load("quickstart", base))
+    stored = [(task.spec.codec, task.spec.resize, task.spec.size) for task in plan.tasks]  # type: ignore[attr-defined]
+    assert [codec for codec, *_ in stored] == ["original", "original", "png", "png"]
+    assert stored[2] == stored[3] == ("png", "square", 16)
+    with pytest.raises(UserError, match="allow_mixed_encoding"):
+        expand(config.load("quickstart", [*base, "downstream.digits.codec=jpeg"]))
+
+
+@pytest.mark.parametrize("resize", ["square", "short"])
+def test_what_is_stored_may_be_larger_but_not_smaller(resize: str) -> None:
+    base = ["sources=[digits,photo_patches]", f"encoding.resize={resize}"]
+    expand(config.load("quickstart", [*base, "encoding.size=24"]))
+    with pytest.raises(UserError, match="stored at 12 px, the sweep trains at image_size=16"):
+        expand(config.load("quickstart", [*base, "encoding.size=12"]))
+
+
+def test_an_order_is_written_as_it_is_read() -> None:
+    sweep = config.load("quickstart", ["name=mine", "order.windowed.shards=2", "decode=scaled"])
+    assert sweep.windowed == Windowed(shards=2, lanes=64)
+    record.remember(sweep)
+    assert config.load("mine") == sweep
+    assert config.load("mine", ["order=global"]).windowed is None
+
+
+def test_a_set_is_named_like_its_pool() -> None:
+    sweep = config.load(
+        "quickstart", ["downstream=[torchvision:EuroSAT,/data/My Pets.tar,'/data/web-{00..99}.tar']"]
+    )
+    assert list(sweep.downstream) == ["eurosat", "My-Pets", "data"]
 
 
 def prepared(sweep: config.SweepConfig, name: str) -> None:
@@ -253,6 +328,14 @@ def test_an_executor_is_a_name(tmp_path) -> None:
     path.write_text("executor: [local]\n")
     with pytest.raises(UserError, match="expected one of"):
         load_profile(str(path))
+
+
+def test_the_cache_lies_where_the_node_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_DISK", "/scratch/7")
+    profile = LocalProfile(executor="local", cache_gb=0.5, cache_dir="$NODE_DISK/shards")
+    assert (profile.cache_folder, profile.cache_bytes) == ("/scratch/7/shards", 1 << 29)
+    assert LocalProfile(executor="local").cache_folder is None
+    assert load_profile("local").cache_bytes == 16 << 30
 
 
 def test_gres_stands_for_gpus() -> None:

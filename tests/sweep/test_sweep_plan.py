@@ -5,15 +5,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from fault_server import FaultServer
 from omegaconf import OmegaConf
 
-from ssl_diversity.data.order import GlobalOrder
+from ssl_diversity.data.attach import attach
+from ssl_diversity.data.order import GlobalOrder, Windowed
 from ssl_diversity.data.prepare import prepare
+from ssl_diversity.data.windowed import layout_digest
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import config, plan
-from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep import config, launch, plan
+from ssl_diversity.sweep.config import SweepConfig, WindowedOrder
 from ssl_diversity.sweep.plan import Plan, expand
+from ssl_diversity.sweep.profile import LocalProfile
 from ssl_diversity.sweep.store import Done
+from ssl_diversity.train import make_order
 
 
 def prepared(sweep: SweepConfig) -> Plan:
@@ -56,14 +61,14 @@ def test_planning_twice_gives_the_same_plan(small: SweepConfig) -> None:
 
 def test_subsets_are_nested_and_replicates_differ() -> None:
     sweep = config.load("quickstart", ["sources=[digits]", "methods=[simclr]", "seeds=2", "budget=1024"])
-    rows = {(c.unique_samples, c.seed): c.rows for c in prepared(sweep).cells}
+    rows = {(c.unique_samples, c.seed): c.parts[0][1] for c in prepared(sweep).cells}
     small, large = (set(rows[n, 0].numbers()) for n in (64, 1024))
     assert small < large
     assert rows[64, 0].start != rows[64, 1].start
     shared = config.load(
         "quickstart", ["sources=[digits]", "methods=[simclr]", "seeds=2", "replicates=shared"]
     )
-    assert len({c.rows.start for c in expand(shared).cells if c.unique_samples == 64}) == 1
+    assert len({c.parts[0][1].start for c in expand(shared).cells if c.unique_samples == 64}) == 1
 
 
 def test_names_do_not_change_cells(small: SweepConfig, tmp_path: Path) -> None:
@@ -161,6 +166,56 @@ def test_a_given_pool_is_a_source(small: SweepConfig) -> None:
     assert cell.source.tasks == ()
     assert cell.task is not None
     assert cell.task.key in keys(plan, "pretrain")
+
+
+def test_an_attached_pool_is_a_source_and_needs_a_cache_in_the_global_order(
+    small: SweepConfig, tmp_path: Path
+) -> None:
+    (pool,) = (source.pool for source in prepared(small).sources)
+    assert pool is not None
+    elsewhere, expected = tmp_path / "elsewhere", pool.rows_digest(pool.rows(64))
+    pool.path.rename(elsewhere)
+    asked = ["methods=[simclr]", "budget=256", "unique_samples=64"]
+    sizes = sum(shard.bytes for shard in pool.info.shards)
+    tiny = LocalProfile(executor="local", cache_gb=0.0)
+    enough = LocalProfile(executor="local", cache_gb=sizes / 2**30)
+    with FaultServer(elsewhere) as server:
+        for place, name in ((str(elsewhere), "by-path"), (server.url, "by-address")):
+            attached = attach(place, name=name)
+            one = [f"sources=[{attached.path.name}]", *asked]
+            plan = expand(config.load("quickstart", one))
+            (cell,) = plan.cells
+            assert cell.task is not None
+            assert cell.source.tasks == ()
+            assert cell.task.spec.rows_digest == expected  # type: ignore[attr-defined]
+            assert cell.task.spec.parts[0].pool == attached.path.name  # type: ignore[attr-defined]
+            launch.check_cache(plan, enough)
+            launch.check_cache(expand(config.load("quickstart", [*one, "order.windowed.shards=1"])), tiny)
+            if name == "by-path":
+                launch.check_cache(plan, tiny)
+        with pytest.raises(UserError, match=r"order=global reads .* raise cache_gb, or .*windowed"):
+            launch.check_cache(plan, tiny)
+
+
+def test_a_windowed_order_is_planned_with_its_shards_and_refused_where_it_cannot_be_exact() -> None:
+    sweep = config.load("quickstart", ["methods=[simclr]", "budget=512", "unique_samples=256"])
+    sweep = sweep.model_copy(update={"sources": {"digits": {"recipe": "digits", "shard_bytes": 100_000}}})
+    windowed = sweep.model_copy(update={"order": WindowedOrder(windowed=Windowed(shards=2, lanes=8))})
+    (cell,) = prepared(windowed).cells
+    assert cell.task is not None
+    assert cell.subset is not None
+    assert len(cell.subset.pieces) > 2
+    assert make_order(cell.task.spec, cell.subset).steps == 8  # type: ignore[arg-type]
+    assert cell.task.spec.layout == layout_digest(cell.subset.pieces)  # type: ignore[attr-defined]
+    (plain,) = expand(sweep).cells
+    assert plain.task is not None
+    assert plain.task.key != cell.task.key
+    assert plain.task.spec.layout == ""  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="lanes=9 does not divide batch_size=64"):
+        expand(windowed.model_copy(update={"order": WindowedOrder(windowed=Windowed(lanes=9))}))
+    odd = windowed.model_copy(update={"unique_samples": (131,)})
+    with pytest.raises(UserError, match="does not work with 8 lanes"):
+        expand(odd)
 
 
 def test_a_generated_source_is_a_chain_that_unfolds() -> None:

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssl_diversity.data.order import Windowed
+from ssl_diversity.data.subset import PartSpec
 from ssl_diversity.methods.recipe import load_recipe
 from ssl_diversity.sweep import task as tasks
 from ssl_diversity.sweep.task import Task
@@ -15,8 +17,7 @@ SPEC = CellSpec(
     backbone="conv-tiny",
     recipe=RECIPE,
     image_size=16,
-    pool="digits-00000000",
-    rows_start=3,
+    parts=(PartSpec(pool="digits-00000000", rows_start=3, rows_count=64),),
     rows_digest="ab" * 16,
     unique_samples=64,
     budget=4096,
@@ -33,9 +34,12 @@ DETERMINES = {
     "batch_size": st.integers(64, 66),
     "seed": st.integers(0, 3),
     "replicate": st.integers(0, 3),
-    "order": st.sampled_from(["global", "windowed"]),
+    "order": st.one_of(
+        st.just("global"), st.builds(Windowed, shards=st.integers(1, 2), lanes=st.sampled_from([32, 64]))
+    ),
+    "layout": st.sampled_from(["", "ab" * 16]),
     "precision": st.sampled_from(["bf16-mixed", "32-true"]),
-    "decode": st.sampled_from(["exact", "fast"]),
+    "decode": st.sampled_from(["exact", "scaled"]),
     "recipe": st.builds(
         lambda lr, decay: RECIPE.model_copy(update={"lr": lr, "weight_decay": decay}),
         st.sampled_from([0.1, 0.1 + 1e-12]),
@@ -43,8 +47,15 @@ DETERMINES = {
     ),
 }
 DOES_NOT = {
-    "pool": st.sampled_from(["digits-00000000", "renamed-00000000"]),
-    "rows_start": st.integers(0, 3),
+    "parts": st.lists(
+        st.builds(
+            PartSpec,
+            pool=st.sampled_from(["digits-00000000", "renamed-00000000"]),
+            rows_start=st.integers(0, 3),
+            rows_count=st.integers(1, 3),
+        ),
+        max_size=2,
+    ).map(tuple),
     "checkpoint_samples": st.integers(1, 3),
 }
 
@@ -76,7 +87,7 @@ def test_any_recipe_value_is_in_the_key() -> None:
 
 def test_raised_numerics_make_a_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key({})
-    monkeypatch.setitem(tasks.NUMERICS, "pretrain", 2)
+    monkeypatch.setitem(tasks.NUMERICS, "pretrain", 99)
     assert key({}) != before
 
 

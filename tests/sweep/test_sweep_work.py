@@ -139,7 +139,15 @@ def test_a_failed_task_that_is_tried_again_is_running(
     now = status.snapshot(expand(small))
     assert now.over
     task = now.left.failed[0]
-    doing = {"label": task.label, "kind": task.kind, "key": task.key, "done": 1, "total": 2, "started": 0.0}
+    doing = {
+        "label": task.label,
+        "kind": task.kind,
+        "key": task.key,
+        "done": 1,
+        "total": 2,
+        "started": 0.0,
+        "note": "",
+    }
     path = store.store_dir() / "workers" / "a.json"
     files.write_json(path, {**doing, "heartbeat_s": 1, "process": vars(claims.this_process())})
     now = status.snapshot(expand(small))

@@ -12,6 +12,11 @@ SOURCES = {  # kind -> module, class; imported when used
     "digits": ("ssl_diversity.data.sources.digits", "Digits"),
     "photo_patches": ("ssl_diversity.data.sources.photo_patches", "PhotoPatches"),
     "folder": ("ssl_diversity.data.sources.folder", "Folder"),
+    "webdataset": ("ssl_diversity.data.sources.webdataset", "WebDatasetShards"),
+    "parquet": ("ssl_diversity.data.sources.parquet", "Parquet"),
+    "torchvision": ("ssl_diversity.data.sources.torchvision", "Torchvision"),
+    "imagenet": ("ssl_diversity.data.sources.imagenet", "ImageNet"),
+    "yfcc100m": ("ssl_diversity.data.sources.yfcc100m", "YFCC100M"),
 }
 
 

@@ -1,0 +1,287 @@
+"""The streaming tier: shards from afar through the node's cache, fetched ahead in the order of first need."""
+
+import contextlib
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_diversity import files
+from ssl_diversity.data.cache import Key, Origin, ShardCache, default_folder
+from ssl_diversity.data.order import Order, upcoming
+from ssl_diversity.data.reading import Decode, Images, RandomReader
+from ssl_diversity.data.remote import Client, FetchError
+from ssl_diversity.data.shards import ShardReader
+from ssl_diversity.data.subset import Piece, Subset
+from ssl_diversity.data.transports import has_ranges, local_path, shown
+from ssl_diversity.data.windowed import WindowedOrder
+from ssl_diversity.errors import UserError
+from ssl_diversity.runtime import Runtime
+
+BLOCK_BYTES = 1 << 23
+_FETCHERS = 4  # blocks that a process fetches ahead at a time
+_NOTE_S = 5.0
+_FETCHES_OF_DAMAGED = 3  # of a block with an image that is not what the index says, before that is an error
+
+
+class StreamingReader(RandomReader):
+    """As `RandomReader`, with the shards of pools at an address read through the node's `ShardCache`.
+
+    Threads fetch ahead what the rank needs next (`begin`), two windows of each lane at most; a block that is not
+    there yet is fetched when it is read, so what is read never depends on them. An image that is not what the
+    index says is fetched again, twice, before it is an error. `counts` has the cache's hits, fetches and bytes, and
+    requests, bytes and retry:CAUSE of this process. A pool at a path is read where it is.
+
+    Raises UserError where the cache cannot hold what the order needs at a time on one of `nodes`: two windows of
+    every lane, or of a global order the whole subset.
+    """
+
+    tier = "streaming"
+
+    def __init__(
+        self,
+        subset: Subset,
+        *,
+        image_size: int,
+        decode: Decode = "exact",
+        order: Order | None = None,
+        runtime: Runtime = Runtime(),  # noqa: B008
+        threads: int = 1,
+        nodes: int = 1,
+        client: Client | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self._ahead: _Ahead | None = None
+        super().__init__(subset, image_size=image_size, decode=decode, threads=threads, open_shard=self._open)
+        self.order = order
+        self.runtime = runtime
+        self.client = client or Client(stop=runtime.stop)
+        self._far = _Far(subset, block_bytes)
+        self._lock = threading.Lock()
+        self._shards: dict[tuple[int, int], _CachedShard] = {}  # read so far
+        self._share, self._noted_at = 1, time.monotonic()
+        if self._far.parts:
+            needed = self._far.needed_bytes(order, nodes)
+            if runtime.cache_bytes < needed:
+                raise UserError(_too_small(self._far, order, needed, runtime.cache_bytes))
+            folder = Path(runtime.cache_dir) if runtime.cache_dir else default_folder()
+            self.cache = ShardCache(folder, runtime.cache_bytes, self.client)
+
+    def begin(self, start: int = 0, rank: int = 0, world: int = 1, workers: int = 1) -> None:
+        """From now on step `start` and those after it are read, for rank `rank`, by `workers` such readers."""
+        self.close()
+        self._share = workers
+        if self.order is not None and self._far.parts:
+            pieces = upcoming(self.order, self.subset.pieces, start, rank, world)
+            self._ahead = _Ahead(self.cache, self._far, pieces, self._far.rows_at_a_time(self.order, world))
+
+    def close(self) -> None:
+        """End the threads that fetch ahead."""
+        if self._ahead:
+            self._ahead.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Of this process, so far."""
+        counts = Counter(self.client.counts)
+        if self._far.parts:
+            counts += Counter({f"cache:{what}": n for what, n in self.cache.counts.items()})
+        return counts
+
+    def read_into(self, indices: NDArray[np.int64], out: Images) -> Images:
+        with self._lock:
+            if self._ahead is None:
+                self.begin()
+        for further in reversed(range(_FETCHES_OF_DAMAGED)):
+            try:
+                super().read_into(indices, out)
+                break
+            except FetchError:
+                raise
+            except UserError:
+                if not self._drop_damaged(indices) or not further:
+                    raise
+        if self._ahead:
+            self._ahead.was_read(len(indices) * self._share)
+            self._note()
+        return out
+
+    def _note(self) -> None:
+        now = time.monotonic()
+        if now > self._noted_at + _NOTE_S:
+            self._noted_at = now
+            counts = self.counts
+            retries = sum(number for what, number in counts.items() if what.startswith("retry:"))
+            self.runtime.note(
+                f"{counts['cache:bytes'] / 2**30:,.2f} GiB fetched, {counts['cache:hits']:,} blocks found in the cache,"
+                f" {retries:,} retries"
+            )
+
+    def _open(self, part: int, shard: int) -> ShardReader:
+        if part not in self._far.parts:
+            return self.subset.parts[part][0]._shard(shard)
+        found = self._shards.get((part, shard))
+        if found is None:
+            found = self._shards[part, shard] = _CachedShard(self.cache, self._far, part, shard)
+        return found
+
+    def _drop_damaged(self, indices: NDArray[np.int64]) -> bool:
+        """Throw out the blocks of remote images that are not what the index says; whether there were any."""
+        dropped = False
+        for part, _, numbers in self.subset.locate(indices):
+            for row in numbers.tolist() if part in self._far.parts else ():
+                pool = self.subset.parts[part][0]
+                shard = self._open(part, int(pool.shard[row]))
+                span = int(pool.offset[row]), int(pool.length[row])
+                if zlib.crc32(shard.read(*span)) != pool.crc[row]:
+                    for key in self._far.keys(part, int(pool.shard[row]), span[0], sum(span)):
+                        self.cache.forget(key)
+                    dropped = True
+        return dropped
+
+
+class _Far:
+    """The blocks of the pools of a subset that lie at an address."""
+
+    def __init__(self, subset: Subset, block_bytes: int) -> None:
+        self.subset = subset
+        self.block_bytes = block_bytes
+        addresses = {part: pool.remote for part, (pool, _) in enumerate(subset.parts) if pool.remote}
+        self.parts = {part: url for part, url in addresses.items() if local_path(url) is None}
+        shards = {part: subset.parts[part][0].info.shards for part in self.parts}
+        self._digest = {part: files.digest([s.blake2b for s in shards[part]]) for part in self.parts}
+        self._sizes = {part: [s.bytes for s in shards[part]] for part in self.parts}
+        self._cut = {part: has_ranges(url) for part, url in self.parts.items()}
+
+    def origin(self, part: int, shard: int) -> Origin:
+        pool = self.subset.parts[part][0]
+        return Origin(pool.address(shard), pool.info.shards[shard].bytes, pool.info.shards[shard].blake2b)
+
+    def keys(self, part: int, shard: int, first: int, stop: int) -> Iterator[Key]:
+        """The blocks that hold bytes [first, stop) of a shard; the whole shard where it comes through a pipe."""
+        size = self._sizes[part][shard]
+        block = self.block_bytes if self._cut[part] else size
+        for start in range(first // block * block, stop, block):
+            yield Key(self._digest[part], shard, start, min(start + block, size))
+
+    def span(self, piece: Piece) -> tuple[int, int]:
+        """The bytes of its shard that a piece's images take."""
+        pool = self.subset.parts[piece.part][0]
+        last = piece.first_row + piece.count - 1
+        return int(pool.offset[piece.first_row]), int(pool.offset[last] + pool.length[last])
+
+    def of_piece(self, piece: Piece) -> Iterator[tuple[Key, Origin]]:
+        if piece.part in self.parts:
+            for key in self.keys(piece.part, piece.shard, *self.span(piece)):
+                yield key, self.origin(piece.part, piece.shard)
+
+    def _bytes_of_piece(self, piece: Piece) -> int:
+        """Of all its blocks."""
+        if piece.part not in self.parts:
+            return 0
+        size = self._sizes[piece.part][piece.shard]
+        block = self.block_bytes if self._cut[piece.part] else size
+        first, stop = self.span(piece)
+        return min(-(-stop // block) * block, size) - first // block * block
+
+    def needed_bytes(self, order: Order | None, nodes: int) -> int:
+        """What must be in a node's cache at a time, so that nothing is fetched twice for lack of room."""
+        if order is None:  # read in some sequence, nothing twice
+            return 2 * _FETCHERS * self.block_bytes
+        sizes = sorted(map(self._bytes_of_piece, self.subset.pieces))
+        return sum(sizes[-_pieces_at_a_time(order, nodes) :])
+
+    def rows_at_a_time(self, order: Order, world: int) -> int:
+        counts = sorted(piece.count for piece in self.subset.pieces)
+        return sum(counts[-_pieces_at_a_time(order, world) :])
+
+
+def _pieces_at_a_time(order: Order, ranks: int) -> int:
+    """Two windows of all lanes of one of so many ranks; 0: all pieces."""
+    return 2 * order.shards * -(-order.lanes // ranks) if isinstance(order, WindowedOrder) else 0
+
+
+def _too_small(far: _Far, order: Order | None, needed: int, given: int) -> str:
+    remedy = "raise `cache_gb` in the launch profile"
+    if not isinstance(order, WindowedOrder):
+        remedy += ", or let the order be `windowed: {shards: 1}`, which reads in sequence"
+    else:
+        remedy += ", or let the windowed order have fewer lanes or shards"
+    return (
+        f"pool at {shown(next(iter(far.parts.values())))}: this order needs {needed / 2**30:,.4f} GiB of shard cache at a"
+        f" time, and there are {given / 2**30:,.4f}; {remedy}"
+    )
+
+
+class _Ahead:
+    """Threads that bring the blocks of `pieces` before they are read, at most `rows` images ahead of reading.
+
+    A failure is left to whoever reads the block, to be raised there.
+    """
+
+    def __init__(self, cache: ShardCache, far: _Far, pieces: Iterator[Piece], rows: int) -> None:
+        self._cache, self._far, self._rows = cache, far, rows
+        self._read = 0  # images
+        self._ended = False
+        self._moved = threading.Condition()
+        self._taking = threading.Lock()
+        self._blocks = self._paced(pieces)
+        for _ in range(_FETCHERS):
+            threading.Thread(target=self._fetch, daemon=True, name="fetch-ahead").start()
+
+    def was_read(self, images: int) -> None:
+        with self._moved:
+            self._read += images
+            self._moved.notify_all()
+
+    def close(self) -> None:
+        with self._moved:
+            self._ended = True
+            self._moved.notify_all()
+
+    def _paced(self, pieces: Iterator[Piece]) -> Iterator[tuple[Key, Origin]]:
+        given = 0
+        for piece in pieces:
+            given += piece.count
+            with self._moved:
+                self._moved.wait_for(lambda: self._ended or given <= self._rows + self._read)  # noqa: B023
+            yield from self._far.of_piece(piece)
+
+    def _fetch(self) -> None:
+        while not self._ended:
+            with self._taking:
+                block = next(self._blocks, None)
+            if block is None or self._ended:
+                return
+            with contextlib.suppress(Exception):
+                self._cache.block(*block, wait=False)
+
+
+class _CachedShard:
+    """One remote shard, read through the cache block by block."""
+
+    def __init__(self, cache: ShardCache, far: _Far, part: int, shard: int) -> None:
+        self._cache, self._far, self._part, self._shard = cache, far, part, shard
+        self._origin = far.origin(part, shard)
+
+    def read(self, offset: int, length: int) -> bytes:
+        end = offset + length
+        if end > self._origin.size_bytes:
+            raise UserError(
+                f"{shown(self._origin.url)}: ends before byte {end}, where the index has an image"
+            )
+        found = []
+        for key in self._far.keys(self._part, self._shard, offset, end):
+            block = self._cache.block(key, self._origin)
+            assert block is not None  # it waited
+            first, stop = max(offset, key.start), min(end, key.stop)
+            found.append(block.read(first - key.start, stop - first))
+        return found[0] if len(found) == 1 else b"".join(found)

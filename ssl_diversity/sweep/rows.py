@@ -1,0 +1,74 @@
+"""What a plan must know of rows and costs a pass over them: computed once, then read from store/cache/rows/."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_diversity import files
+from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.subset import Subset
+
+_LARGE_ROWS = 1 << 18  # fewer are looked at again by each process
+_SORTED_ROWS = 1 << 25  # of the smaller pool, held at a time: 512 MiB
+
+
+def digest(subset: Subset) -> str:
+    """`subset.digest`."""
+    parts = [_rows_digest(str(pool.path), pool.digest, rows) for pool, rows in subset.parts]
+    return parts[0] if len(parts) == 1 else files.digest(parts)
+
+
+@cache
+def _rows_digest(path: str, pool_digest: str, rows: Rows) -> str:
+    key = {"digest of": pool_digest, "rows": [rows.start, rows.count, rows.size]}
+    return str(_kept(key, rows.count, lambda: Pool.open(path).rows_digest(rows)))
+
+
+def shared_images(a: Pool, b: Pool) -> int:
+    """How many images of `a` have an exact copy (equal source pixels) in `b`."""
+    small, large = sorted((a, b), key=lambda pool: pool.size)
+    return _shared(str(small.path), str(large.path), small.digest, large.digest)
+
+
+@cache
+def _shared(small: str, large: str, small_digest: str, large_digest: str) -> int:
+    key = {"shared by": [small_digest, large_digest]}
+    a, b = Pool.open(small), Pool.open(large)
+    return int(_kept(key, b.size, lambda: _count_shared(a, b)))
+
+
+def _count_shared(small: Pool, large: Pool) -> int:
+    """Rows of `small` found in `large`: by the first half of their hash, then by all of it."""
+    found = 0
+    for start in range(0, small.size, _SORTED_ROWS):
+        content = np.ascontiguousarray(small.content[start : start + _SORTED_ROWS])
+        heads = np.sort(content[:, :8].copy().view(np.uint64)[:, 0])
+        copies = set[bytes]()
+        for part in Rows(0, large.size, large.size).chunks():
+            other = np.ascontiguousarray(large.content[part])
+            copies.update(map(bytes, other[_in_sorted(other[:, :8].copy().view(np.uint64)[:, 0], heads)]))
+        if copies:
+            wanted = np.array([list(copy) for copy in copies], np.uint8).view("V16").ravel()
+            found += int(np.isin(content.view("V16").ravel(), wanted).sum())
+    return found
+
+
+def _in_sorted(values: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return known[place] == values
+
+
+def _kept(key: dict[str, Any], rows: int, compute: Callable[[], Any]) -> Any:
+    if rows < _LARGE_ROWS:
+        return compute()
+    path: Path = files.home() / "store" / "cache" / "rows" / f"{files.digest(key)}.json"
+    try:
+        return files.read_json(path)["value"]
+    except (OSError, ValueError, KeyError):
+        value = compute()
+    files.write_json(path, {**key, "value": value})
+    return value
