@@ -7,7 +7,7 @@ from pathlib import Path
 from ssl_diversity import files
 from ssl_diversity.config import validate
 from ssl_diversity.data.config import NAME, PoolInfo
-from ssl_diversity.data.pool import Pool
+from ssl_diversity.data.pool import REMOTE, Pool
 from ssl_diversity.data.remote import Client
 from ssl_diversity.data.transports import join, local_path, shown
 from ssl_diversity.data.writer import file_digest, locked, reporting_full_disk
@@ -16,7 +16,6 @@ from ssl_diversity.runtime import Runtime
 
 _FIRST_RETRIES = 4  # of pool.json: a wrong address is told within seconds
 _INSIDE = re.compile(r"(index/|shards/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # a file of a pool's folder
-REMOTE = "remote.json"  # {"url": where the pool's folder is}
 
 
 def attach(

@@ -22,7 +22,7 @@ class Batch(TypedDict):
 
 
 class Reader(Protocol):
-    """As `data.reading.Reader`; one that fetches ahead has `begin` as well (`data.streaming.StreamingReader`)."""
+    """As `data.reading.Reader`; one that fetches ahead has `begin` and `close` as well (`data.streaming.StreamingReader`)."""
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]: ...
 
@@ -64,6 +64,8 @@ class Batches:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if close := getattr(self.reader, "close", None):
+                close()
 
     def _read(self, step: int, mine: slice) -> Batch:
         first = step * self.order.batch_size

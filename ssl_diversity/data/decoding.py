@@ -97,7 +97,7 @@ class Decoder:
                     tick(_TICK_ITEMS)
                 source_name = item.name.encode("utf-8", "surrogateescape")
                 try:
-                    pixels = image.decode_source(item.image) if isinstance(item.image, bytes) else item.image
+                    pixels = pixels_of(item)
                 except MemoryError:
                     raise
                 except Exception as error:  # PIL raises nearly anything for bytes that are no image
@@ -120,11 +120,7 @@ class Decoder:
     def _add(self, writer: RunWriter, item: Item, name: bytes, pixels: image.Pixels) -> int:
         spec = self.spec
         content = image.content_hash(pixels)
-        stored = image.resized(pixels, spec.resize, spec.size, spec.filter)
-        if spec.codec != "original":
-            encoded = image.encode(stored, spec.codec, spec.quality)
-        else:
-            encoded = item.image if isinstance(item.image, bytes) else image.encode(pixels, "png", 0)
+        stored, encoded = as_stored(item, pixels, spec)
         writer.add(
             image.keyed_hash(spec.seed, content),
             item.label,
@@ -136,6 +132,19 @@ class Decoder:
         )
         digest = hashlib.blake2b(name + f"\0{item.label}\0".encode() + content, digest_size=16).digest()
         return int.from_bytes(digest)
+
+
+def pixels_of(item: Item) -> image.Pixels:
+    """Decoded as a source's. Raises whatever PIL raises for bytes that are no image."""
+    return image.decode_source(item.image) if isinstance(item.image, bytes) else item.image
+
+
+def as_stored(item: Item, pixels: image.Pixels, spec: PrepareSpec) -> tuple[image.Pixels, bytes]:
+    """An image's pixels, and the bytes of it, that a pool of `spec` has; `pixels` are those of the item."""
+    stored = image.resized(pixels, spec.resize, spec.size, spec.filter)
+    if spec.codec != "original":
+        return stored, image.encode(stored, spec.codec, spec.quality)
+    return stored, item.image if isinstance(item.image, bytes) else image.encode(pixels, "png", 0)
 
 
 def _reason(error: Exception) -> str:
@@ -152,7 +161,6 @@ class Decoded:
     read: int = 0
     undecodable: int = 0
     digest_sum: int = 0
-    parts: int = 0
     reused: int = 0  # parts that were finished before
     reused_images: int = 0
 
@@ -179,7 +187,6 @@ def decode_all(
         if summary.get("reused"):
             out.reused += 1
             out.reused_images += summary["read"]
-    out.parts = len(by_part)
     out.runs = [run for number in sorted(by_part) for run in by_part[number]]
     return out
 

@@ -6,10 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ssl_diversity.config import validate
-from ssl_diversity.data import image
 from ssl_diversity.data.config import PrepareSpec
-from ssl_diversity.data.sources import source_class
+from ssl_diversity.data.decoding import as_stored, pixels_of
+from ssl_diversity.data.sources import open_source
 from ssl_diversity.data.sources.base import Item, Source
 from ssl_diversity.data.sources.paths import is_address
 
@@ -25,8 +24,7 @@ def outline(spec: PrepareSpec) -> dict[str, Any]:
     Raises UserError for what is wrong with the source.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        kind = source_class(spec.source)
-        source = kind(validate(kind.Options, spec.options, f"set {spec.name!r}"), Path(scratch))
+        source = open_source(spec, Path(scratch))
         there = (spec.directory / "pool.json").exists()
         count, sample = _look(source, spec)
         found = {
@@ -61,10 +59,5 @@ def _look(source: Source, spec: PrepareSpec) -> tuple[int | None, list[Item]]:
 
 def _row_bytes(item: Item, spec: PrepareSpec, labelled: bool) -> int:
     """What an image takes: its header and padding in the tar, its label's member, its row of the index."""
-    if spec.codec == "original" and isinstance(item.image, bytes):
-        encoded = item.image
-    else:
-        pixels = image.decode_source(item.image) if isinstance(item.image, bytes) else item.image
-        kept = image.resized(pixels, spec.resize, spec.size, spec.filter)
-        encoded = image.encode(kept, spec.codec, spec.quality)
+    encoded = as_stored(item, pixels_of(item), spec)[1]
     return len(encoded) + 512 + 256 + 1024 * labelled + 40

@@ -19,7 +19,7 @@ from ssl_diversity.config import validate
 from ssl_diversity.data import image
 from ssl_diversity.data.config import FORMAT, PoolInfo
 from ssl_diversity.data.shards import AGAIN, LocalShard, OpenShard, RemoteShard, ShardReader, read_ranges
-from ssl_diversity.data.transports import join, shown
+from ssl_diversity.data.transports import join, local_path, shown
 from ssl_diversity.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ OPTIONAL_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {  # where info.near_
     "signature": ("|u1", (32,)),
     "thumbnail": ("|u1", (242,)),
 }
+REMOTE = "remote.json"  # {"url": where the folder of an attached pool is}
 _GOLDEN = 0.6180339887498949  # frac(phi)
 _OPEN_SHARDS = 256  # file handles kept
 _CHUNK_ROWS = 1 << 20
@@ -192,7 +193,7 @@ class Pool:
     @functools.cached_property
     def remote(self) -> str | None:
         """Where the shards are, a URL or path, if not in the pool's own folder (`data attach`)."""
-        path = self.path / "remote.json"
+        path = self.path / REMOTE
         return str(files.read_json(path)["url"]) if path.exists() else None
 
     def address(self, shard: int) -> str:
@@ -201,9 +202,11 @@ class Pool:
         return str(self.path / file) if self.remote is None else join(self.remote, file)
 
     def _open_shard(self, number: int) -> ShardReader:
-        if self.remote is None:
-            return LocalShard(self.path / self.info.shards[number].file)
-        return RemoteShard(self._client, self.address(number), self.info.shards[number].bytes)
+        address = self.address(number)
+        path = local_path(address)
+        if path is not None:
+            return LocalShard(path)
+        return RemoteShard(self._client, address, self.info.shards[number].bytes)
 
     @functools.cached_property
     def _client(self) -> "Client":

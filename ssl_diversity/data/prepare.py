@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ssl_diversity.config import validate
 from ssl_diversity.data import image, near, recipes
 from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.data.decoding import (
@@ -29,7 +28,7 @@ from ssl_diversity.data.holdout import TestSplit
 from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.runs import Runs
 from ssl_diversity.data.selection import Selection
-from ssl_diversity.data.sources import source_class
+from ssl_diversity.data.sources import open_source
 from ssl_diversity.data.sources.base import Source
 from ssl_diversity.data.table import Keys
 from ssl_diversity.data.writer import building, locked, publish, reporting_full_disk, write_pool
@@ -101,8 +100,7 @@ def prepare(
 
 
 def _open(spec: PrepareSpec, work: Path) -> Source:
-    kind = source_class(spec.source)
-    source = kind(validate(kind.Options, spec.options, f"set {spec.name!r}"), work)
+    source = open_source(spec, work)
     if spec.labels_required and not source.classes:
         raise UserError(
             f"set {spec.name!r} has no labels: sort its images into one folder per class to probe on it"

@@ -1,7 +1,6 @@
 """Bytes from afar: http(s) with retries and resume; paths, `pipe:`, s3://, gs:// through the same door."""
 
 import contextlib
-import hashlib
 import io
 import random
 import threading
@@ -181,7 +180,8 @@ class Client:
                     file.write(chunk)
             file.truncate()
             file.flush()
-            if blake2b is None or _digest(file) == blake2b:
+            file.seek(0)
+            if blake2b is None or files.content_digest(file) == blake2b:
                 return
             self.count("retry:checksum")
         raise FetchError(url, "checksum", _WRONG_ANSWERS, f"not {blake2b}")
@@ -382,8 +382,3 @@ def _other(path: Path | None, timeout_s: float, thing: _Object) -> Iterator[byte
         raise _Failure("timeout") from None
     except Exception as error:  # every driver of fsspec has its own
         raise _Failure("cut", str(error) or type(error).__name__) from None
-
-
-def _digest(file: Any) -> str:
-    file.seek(0)
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -65,10 +65,10 @@ class StreamingReader(RandomReader):
         self._lock = threading.Lock()
         self._shards: dict[tuple[int, int], _CachedShard] = {}  # read so far
         self._share, self._noted_at = 1, time.monotonic()
+        needed = self._far.needed_bytes(order, nodes)
+        if runtime.cache_bytes < needed:
+            raise UserError(_too_small(self._far, order, needed, runtime.cache_bytes))
         if self._far.parts:
-            needed = self._far.needed_bytes(order, nodes)
-            if runtime.cache_bytes < needed:
-                raise UserError(_too_small(self._far, order, needed, runtime.cache_bytes))
             folder = Path(runtime.cache_dir) if runtime.cache_dir else default_folder()
             self.cache = ShardCache(folder, runtime.cache_bytes, self.client)
 
@@ -148,6 +148,11 @@ class StreamingReader(RandomReader):
         return dropped
 
 
+def needed_bytes(subset: Subset, order: Order) -> int:
+    """How large the cache of a node must be to read `subset` in that order; 0 where nothing is at an address."""
+    return _Far(subset, BLOCK_BYTES).needed_bytes(order)
+
+
 class _Far:
     """The blocks of the pools of a subset that lie at an address."""
 
@@ -192,8 +197,10 @@ class _Far:
         first, stop = self.span(piece)
         return min(-(-stop // block) * block, size) - first // block * block
 
-    def needed_bytes(self, order: Order | None, nodes: int) -> int:
+    def needed_bytes(self, order: Order | None, nodes: int = 1) -> int:
         """What must be in a node's cache at a time, so that nothing is fetched twice for lack of room."""
+        if not self.parts:
+            return 0
         if order is None:  # read in some sequence, nothing twice
             return 2 * _FETCHERS * self.block_bytes
         sizes = sorted(map(self._bytes_of_piece, self.subset.pieces))

@@ -15,6 +15,11 @@ from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.errors import UserError
 
 
+def digest_of(parts: Sequence[str]) -> str:
+    """Of several parts a digest of theirs; of one part its own."""
+    return parts[0] if len(parts) == 1 else files.digest(list(parts))
+
+
 class Piece(NamedTuple):
     """Rows `first_row` to `first_row + count` of a pool, all in one shard: what a reader fetches at once."""
 
@@ -74,8 +79,7 @@ class Subset:
     @cached_property
     def digest(self) -> str:
         """Of the pixels, in order: encodings and content hashes."""
-        digests = [pool.rows_digest(rows) for pool, rows in self.parts]
-        return digests[0] if len(digests) == 1 else files.digest(digests)
+        return digest_of([pool.rows_digest(rows) for pool, rows in self.parts])
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:

@@ -39,11 +39,6 @@ class Table:
         with self.path.open("ab") as file:
             file.write(as_bytes(rows, self.dtype))
 
-    def write(self, start: int, rows: Rows) -> None:
-        with self.path.open("r+b") as file:
-            file.seek(start * self.dtype.itemsize)
-            file.write(as_bytes(rows, self.dtype))
-
     def put(self, numbers: Rows, rows: Rows) -> None:
         """Overwrite the rows of those numbers, each by itself."""
         size = self.dtype.itemsize
@@ -99,17 +94,23 @@ def native(key: Rows) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     return key[:, 0].astype(np.uint64), key[:, 1].astype(np.uint64)
 
 
+def as_keys(hashes: NDArray[np.uint8]) -> Rows:
+    """Hashes (n, 16) as big-endian (n, 2)."""
+    return np.ascontiguousarray(hashes).view(">u8")
+
+
 class Keys:
     """A sorted set of 128-bit keys, 16 bytes each in memory."""
 
-    def __init__(self, keys: NDArray[np.uint64]) -> None:
-        """uint64 (n, 2), in any order."""
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        self.head, self.tail = keys[order, 0], keys[order, 1]
+    def __init__(self, key: Rows) -> None:
+        """Big-endian (n, 2), in any order."""
+        head, tail = native(key)
+        order = np.lexsort((tail, head))
+        self.head, self.tail = head[order], tail[order]
 
     @classmethod
     def of(cls, keys: list[bytes]) -> "Keys":
-        return cls(np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64))
+        return cls(np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2))
 
     def have(self, key: Rows) -> NDArray[np.bool_]:
         """bool (n,) for big-endian keys (n, 2)."""

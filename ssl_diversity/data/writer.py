@@ -171,7 +171,7 @@ def _close_synced(file: BinaryIO) -> None:
 
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return files.content_digest(file)
 
 
 @contextlib.contextmanager

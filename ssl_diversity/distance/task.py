@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ssl_diversity.data.pool import Pool, Rows
 from ssl_diversity.data.subset import Subset
+from ssl_diversity.data.table import Keys, as_keys
 from ssl_diversity.distance.cache import cached
 from ssl_diversity.distance.config import NUMERICS, DistanceSpec, extractor_digest
 from ssl_diversity.distance.diversity import effective_rank_of, vendi_of
@@ -205,7 +206,7 @@ def _progress(runtime: Runtime, total: int) -> Callable[[int], None]:
 def _shared(source: Subset, reference: Subset) -> int:
     """How many images of `source` have the content of one of `reference`."""
     mine, theirs = (
-        np.concatenate([pool.content[rows.numbers()] for pool, rows in subset.parts]).view("V16").ravel()
+        as_keys(np.concatenate([pool.content[rows.numbers()] for pool, rows in subset.parts]))
         for subset in (source, reference)
     )
-    return int(np.isin(mine, theirs).sum())
+    return int(Keys(theirs).have(mine).sum())

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 
 from ssl_diversity.data.leaks import Leaks, find_leaks
 from ssl_diversity.data.pool import Pool, Rows, overlap
+from ssl_diversity.data.subset import digest_of
 from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.outcome import accuracy_without
-from ssl_diversity.files import digest, read_json, task_dir
+from ssl_diversity.files import read_json, task_dir
 from ssl_diversity.report.records import Collected, FailedTask
 from ssl_diversity.report.words import date, scientific
 from ssl_diversity.sweep import store
@@ -96,7 +97,7 @@ def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, An
         "recipe": recipe.name,
         "source": cell.source.name,
         "source_kind": pools[0].info.source if len(pools) == 1 else "mix",
-        "pool_digest": pools[0].digest if len(pools) == 1 else digest([pool.digest for pool in pools]),
+        "pool_digest": digest_of([pool.digest for pool in pools]),
         "source_real_images": None if None in real else sum(filter(None, real)),
         "unique_samples": cell.unique_samples,
         "budget": cell.budget,

@@ -7,14 +7,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.live import Live
 
 from ssl_diversity import files
 from ssl_diversity.budget import parse_budget
-from ssl_diversity.data.transports import local_path
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import claims, flops, status, store
 from ssl_diversity.sweep.config import SweepConfig
@@ -24,6 +23,7 @@ from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import REPORT, function
 from ssl_diversity.sweep.work import Current, Order, Worker, left
+from ssl_diversity.train import CellSpec, make_order
 
 PLAIN_LINE_EVERY_S = 15.0  # where the output is not a terminal
 TRAINING = frozenset({"pretrain", "train-generator", "generate"})
@@ -90,15 +90,16 @@ def check_cache(plan: Plan, profile: Profile) -> None:
     """Refuse cells that would read remote shards in the global order through a cache that does not hold them."""
     if plan.sweep.windowed:
         return
-    for cell in plan.cells:
-        far = [pool.remote is not None and local_path(pool.remote) is None for pool, _ in cell.parts]
-        if cell.subset is None or not any(far):
-            continue
-        needed = 0
-        for piece in cell.subset.pieces:
-            shard = cell.parts[piece.part][0].info.shards[piece.shard]
-            needed += shard.bytes * piece.count // shard.rows if far[piece.part] else 0
-        if needed > profile.cache_bytes:
+    far = [cell for cell in plan.cells if any(pool.remote for pool, _ in cell.parts)]
+    if not far:
+        return
+    from ssl_diversity.data.streaming import needed_bytes
+
+    for cell in far:
+        assert cell.subset is not None
+        assert cell.task is not None
+        order = make_order(cast(CellSpec, cell.task.spec), cell.subset)
+        if (needed := needed_bytes(cell.subset, order)) > profile.cache_bytes:
             raise UserError(
                 f"source {cell.source.name}: order=global reads {needed / 2**30:.3g} GiB of remote shards again and again,"
                 f" the profile's cache holds {profile.cache_gb:.3g}; raise cache_gb, or read them in sequence:"

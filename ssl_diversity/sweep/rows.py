@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ssl_diversity import files
 from ssl_diversity.data.pool import Pool, Rows
-from ssl_diversity.data.subset import Subset
+from ssl_diversity.data.subset import Subset, digest_of
+from ssl_diversity.data.table import Keys, as_keys
 
 _LARGE_ROWS = 1 << 18  # fewer are looked at again by each process
-_SORTED_ROWS = 1 << 25  # of the smaller pool, held at a time: 512 MiB
+_SORTED_ROWS = 1 << 23  # of the smaller pool, sorted at a time: below 512 MiB
 
 
 def digest(subset: Subset) -> str:
     """`subset.digest`."""
-    parts = [_rows_digest(str(pool.path), pool.digest, rows) for pool, rows in subset.parts]
-    return parts[0] if len(parts) == 1 else files.digest(parts)
+    return digest_of([_rows_digest(str(pool.path), pool.digest, rows) for pool, rows in subset.parts])
 
 
 @cache
@@ -42,24 +41,17 @@ def _shared(small: str, large: str, small_digest: str, large_digest: str) -> int
 
 
 def _count_shared(small: Pool, large: Pool) -> int:
-    """Rows of `small` found in `large`: by the first half of their hash, then by all of it."""
+    """Rows of `small` found in `large`."""
     found = 0
     for start in range(0, small.size, _SORTED_ROWS):
-        content = np.ascontiguousarray(small.content[start : start + _SORTED_ROWS])
-        heads = np.sort(content[:, :8].copy().view(np.uint64)[:, 0])
-        copies = set[bytes]()
+        mine = as_keys(small.content[start : start + _SORTED_ROWS])
+        wanted = Keys(mine)
+        copies = [mine[:0]]
         for part in Rows(0, large.size, large.size).chunks():
-            other = np.ascontiguousarray(large.content[part])
-            copies.update(map(bytes, other[_in_sorted(other[:, :8].copy().view(np.uint64)[:, 0], heads)]))
-        if copies:
-            wanted = np.array([list(copy) for copy in copies], np.uint8).view("V16").ravel()
-            found += int(np.isin(content.view("V16").ravel(), wanted).sum())
+            theirs = as_keys(large.content[part])
+            copies.append(theirs[wanted.have(theirs)])
+        found += int(Keys(np.concatenate(copies)).have(mine).sum())
     return found
-
-
-def _in_sorted(values: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return known[place] == values
 
 
 def _kept(key: dict[str, Any], rows: int, compute: Callable[[], Any]) -> Any:

@@ -3,17 +3,13 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from ssl_diversity import files
@@ -22,7 +18,7 @@ from ssl_diversity.data import prepare as preparing
 from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.data.leaks import leaked
 from ssl_diversity.data.pool import Pool
-from ssl_diversity.data.prepare import prepare, write_pool
+from ssl_diversity.data.prepare import prepare
 from ssl_diversity.data.verify import verify
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.runtime import Runtime
@@ -315,121 +311,6 @@ def test_nothing_left_is_an_error(as_tar: Callable[..., Path]) -> None:
         prepare(recipes.downstream("photo_patches")[0])
 
 
-def generated(n: int, copies: dict[int, int]) -> Iterator[tuple[np.ndarray, int, dict[str, Any]]]:
-    for i in range(n):
-        seed = copies.get(i, i)
-        yield np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8), -1, {"seed": i}
-
-
-FIELDS = {"name": "made", "source": "generated", "spec": {"n": 9}, "image_size": 6, "real_images": 5}
-
-
-def test_write_pool_keeps_the_order_and_yields_to_the_earlier_row() -> None:
-    path = files.pools_dir() / "made-0"
-    pool = write_pool(path, FIELDS, generated(9, {4: 2, 7: 0}), shard_bytes=2000)
-    assert verify(pool) == []
-    assert [pool.provenance(row)["seed"] for row in range(pool.size)] == [0, 1, 2, 3, 5, 6, 8]
-    assert (pool.size, pool.info.counts["duplicate"], pool.info.real_images) == (7, 2, 5)
-    first = next(generated(1, {}))[0]
-    np.testing.assert_array_equal(pool.images([0])[0], image.fit(first, 6, "bicubic"))
-    assert bytes(pool.content[0]) == image.content_hash(first)
-    again = write_pool(path, FIELDS, lambda: pytest.fail("a finished pool is not written again"))
-    assert again.digest == pool.digest
-    dropped = [json.loads(line) for line in (path / "dropped.jsonl").read_text().splitlines()]
-    assert [(d["name"], d["kept"]) for d in dropped] == [(4, 2), (7, 0)]
-
-
-def test_write_pool_that_fails_midway_leaves_nothing() -> None:
-    def failing() -> Iterator[tuple[np.ndarray, int, None]]:
-        yield np.zeros((6, 6, 3), np.uint8), -1, None
-        raise RuntimeError("the generator broke")
-
-    path = files.pools_dir() / "made-1"
-    with pytest.raises(RuntimeError):
-        write_pool(path, FIELDS, failing())
-    assert not path.exists()
-    with pytest.raises(UserError, match="unknown key"):
-        write_pool(path, {**FIELDS, "colour": 1}, generated(3, {}))
-
-
-KILLED = """
-import os, signal, sys
-from ssl_diversity.data import prepare, recipes
-from ssl_diversity.runtime import Runtime
-prepare._PART_ITEMS = 40
-def note(text):
-    if text.startswith(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-if __name__ == "__main__":
-    prepare.prepare(recipes.resolve("digits"), processes=int(sys.argv[1]), runtime=Runtime(note=note))
-"""
-NEVER = "no note begins so"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> None:
-    """Killed four times on the way: the pool of an undisturbed run, and every finished part reused."""
-    expected = prepare(recipes.resolve("digits", {"name": "undisturbed"}))
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    directory = recipes.resolve("digits").directory
-    work = directory.with_name(f".{directory.name}.work")
-    for kill, parts in enumerate((2, 9, 17, 26)):
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(processes), NEVER], start_new_session=True
-        )
-        while len(list(work.glob("*.json"))) < parts and process.poll() is None:
-            time.sleep(0.002)
-        assert process.poll() is None, "it finished before it could be killed"
-        if kill % 2:
-            process.kill()  # the parent alone: its workers end by themselves
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not directory.exists()
-    for moment in ("finding copies", "writing"):
-        done = subprocess.run([sys.executable, str(script), str(processes), moment], check=False)
-        assert done.returncode == -signal.SIGKILL
-        assert not directory.exists()
-        assert len(list(work.glob("*.json"))) == 36  # parts
-    pool = prepare(recipes.resolve("digits"))
-    assert pool.digest == expected.digest
-    assert [s.blake2b for s in pool.info.shards] == [s.blake2b for s in expected.info.shards]
-    assert verify(pool) == []
-
-
-@pytest.mark.slow
-def test_a_killed_worker_and_ctrl_c_end_all_processes_and_keep_finished_parts(tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    directory = recipes.resolve("digits").directory
-    work = directory.with_name(f".{directory.name}.work")
-
-    def begun(parts: int) -> tuple[psutil.Process, list[psutil.Process]]:
-        command = [sys.executable, str(script), "2", NEVER]
-        process = psutil.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        while len(list(work.glob("*.json"))) < parts and process.poll() is None:
-            time.sleep(0.002)
-        workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
-        assert len(workers) == 2
-        return process, workers
-
-    process, workers = begun(2)
-    workers[0].kill()
-    assert process.wait() == 1
-    assert "UserError: a worker process was killed (out of memory?)" in process.stderr.read()
-    process, workers = begun(10)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() != 0
-    said = process.stderr.read()
-    assert "KeyboardInterrupt" in said
-    assert "SpawnProcess" not in said  # only the parent answers
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-    assert not directory.exists()
-    assert verify(prepare(recipes.resolve("digits"))) == []
-
-
 def test_too_little_memory_is_an_error_and_a_little_means_fewer_processes() -> None:
     with pytest.raises(UserError, match=r"0\.05 GiB of memory is too little"):
         decoding.share(1, 50 << 20)
@@ -440,15 +321,6 @@ def test_too_little_memory_is_an_error_and_a_little_means_fewer_processes() -> N
         assert held + 3 * decoding.INTERPRETER_BYTES + 2 * 2 * run_bytes <= 2 << 30
     with pytest.raises(UserError, match=r"allow 1\.\d+ or more"):
         decoding.share(8, 1 << 30, 1 << 30)
-
-
-def test_tar_headers_are_those_of_tarfile() -> None:
-    import tarfile
-
-    for name, size in (("000000001.png", 0), ("123456789.jpg", 123_456_789), ("0.cls", 1)):
-        member = tarfile.TarInfo(name)
-        member.size = size
-        assert writer.tar_header(name.encode(), size) == member.tobuf(tarfile.USTAR_FORMAT)
 
 
 @pytest.mark.parametrize("codec", ["png", "jpeg", "original"])

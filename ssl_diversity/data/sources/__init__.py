@@ -4,7 +4,10 @@ To add a kind: write its file, name it here (docs/adding-a-source.md).
 """
 
 import importlib
+from pathlib import Path
 
+from ssl_diversity.config import validate
+from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.data.sources.base import Source
 from ssl_diversity.errors import UserError
 
@@ -27,3 +30,9 @@ def source_class(kind: str) -> type[Source]:
     module, name = SOURCES[kind]
     found: type[Source] = getattr(importlib.import_module(module), name)
     return found
+
+
+def open_source(spec: PrepareSpec, scratch: Path) -> Source:
+    """The source that a spec names, opened with its options; UserError for what is wrong with them."""
+    kind = source_class(spec.source)
+    return kind(validate(kind.Options, spec.options, f"set {spec.name!r}"), scratch)

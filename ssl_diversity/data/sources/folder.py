@@ -78,10 +78,9 @@ def list_folder(root: Path, top: str = "") -> tuple[Listing, list[str]]:
             raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
         for name in sorted(images):
             try:
-                status = os.stat(os.path.join(root, name))
+                lister.add_file(root, name)
             except OSError as error:
                 raise unreadable(root / name, error) from None
-            lister.add(name, status.st_size, status.st_mtime_ns)
         folders += sorted(below)
         waiting += [f"{name}/" for name in sorted(below, reverse=True)]
     return lister.finish(), folders

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ssl_diversity.errors import UserError
 
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing", "val", "valid", "validation")  # the first that fits is the test split
+TRAIN_WORDS = ("train", "training")
+TEST_WORDS = ("test", "testing", "val", "valid", "validation")  # the first that fits is the test split
 _SUFFIXES = {"jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "pbm"}
 _OUTSIDE = -2  # what stands for the class of an image that is not in the split
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")
@@ -98,8 +98,8 @@ def read_layout(names: Iterable[str], folders: Iterable[str], labelled: bool | N
     while not tree.holds_images(base) and len(tree.children[base]) == 1:
         base = join(base, next(iter(tree.children[base])))
     by_name = {child.lower(): child for child in sorted(tree.children[base])}
-    train = next((by_name[name] for name in _TRAIN if name in by_name), None)
-    tests = [by_name[name] for name in _TEST if name in by_name]
+    train = next((by_name[name] for name in TRAIN_WORDS if name in by_name), None)
+    tests = [by_name[name] for name in TEST_WORDS if name in by_name]
     if train is None or not tests or tree.holds_images(base):
         classes = _classes(tree, base, labelled, where)
         return Layout(base, classes, {"all": _label(tree, base, classes, where)})

@@ -53,6 +53,11 @@ class Lister:
         self._text += os.fsencode(name)
         self._numbers.extend((len(self._text), size, place))
 
+    def add_file(self, root: Path, name: str) -> None:
+        """The file `name` below `root`; OSError where it cannot be looked at."""
+        status = os.stat(os.path.join(root, name))
+        self.add(name, status.st_size, status.st_mtime_ns)
+
     def finish(self) -> Listing:
         ends, size, place = np.array(self._numbers, dtype=np.int64).reshape(-1, 3).T
         return Listing(bytes(self._text), ends, size, place)
@@ -62,12 +67,10 @@ def list_files(root: Path, names: Iterator[str]) -> Listing:
     """The files `names` below `root`. Raises UserError for one that is not there."""
     lister = Lister()
     for name in names:
-        path = os.path.join(root, name)
         try:
-            status = os.stat(path)
+            lister.add_file(root, name)
         except OSError as error:
-            raise unreadable(Path(path), error) from None
-        lister.add(name, status.st_size, status.st_mtime_ns)
+            raise unreadable(root / name, error) from None
     return lister.finish()
 
 

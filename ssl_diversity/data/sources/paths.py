@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from ssl_diversity import files
 from ssl_diversity.config import Config
+from ssl_diversity.data.sources.layout import TEST_WORDS, TRAIN_WORDS
 from ssl_diversity.errors import UserError
 
 Value = int | str  # what a file gives as a label
@@ -22,8 +23,6 @@ ClassNames = (
     Annotated[int, Field(gt=0)] | str | list[str] | None
 )  # how many, a text file, the names; None: not said
 
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing", "val", "valid", "validation")  # the first that fits is the test split
 _CLASS_FILES = ("classes.txt", "_classes.txt")
 
 
@@ -151,8 +150,8 @@ def by_split(found: list[File], where: str, labelled: Callable[[list[File]], boo
     words: dict[str | None, list[File]] = {}
     for file in found:
         words.setdefault(_split_word(file.name), []).append(file)
-    train = [file for word in _TRAIN for file in words.get(word, [])]
-    tests = [words[word] for word in _TEST if word in words]
+    train = [file for word in TRAIN_WORDS for file in words.get(word, [])]
+    tests = [words[word] for word in TEST_WORDS if word in words]
     if not train or not tests:
         return {"all": found}
     if None in words:
@@ -166,7 +165,7 @@ def by_split(found: list[File], where: str, labelled: Callable[[list[File]], boo
 
 def _split_word(name: str) -> str | None:
     words = re.split(r"[^a-z]+", name.lower())
-    return next((word for word in words if word in _TRAIN or word in _TEST), None)
+    return next((word for word in words if word in TRAIN_WORDS or word in TEST_WORDS), None)
 
 
 def class_names(given: ClassNames, found: list[File]) -> list[str] | None:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
+from ssl_diversity.data.pool import padded
 from ssl_diversity.errors import UserError
 
 _BLOCK = 512
@@ -56,7 +57,7 @@ def _members(
     while True:
         member = _plain(descriptor, position)
         if member:
-            after = member.offset + _padded(member.size)
+            after = member.offset + padded(member.size)
         else:
             if position != start:  # else tarfile has read it when it was opened
                 tar.firstmember, tar.offset, tar.members = None, position, []  # type: ignore[attr-defined]
@@ -74,10 +75,6 @@ def _members(
         raise truncated(where)  # a whole tar ends with a block of zeros
 
 
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
-
-
 def _plain(descriptor: int, position: int, *, timed: bool = False) -> Member | None:
     """The member of a header with no extensions but times and with the right checksum; None for all else."""
     header = os.pread(descriptor, _BLOCK, position)
@@ -86,7 +83,7 @@ def _plain(descriptor: int, position: int, *, timed: bool = False) -> Member | N
         if header[156:157] == tarfile.XHDTYPE and not timed:
             size = int(header[124:136].strip(b" \0"), 8)
             if _TIMES.fullmatch(os.pread(descriptor, size, position + _BLOCK)):
-                return _plain(descriptor, position + _BLOCK + _padded(size), timed=True)
+                return _plain(descriptor, position + _BLOCK + padded(size), timed=True)
         name = header[:100].partition(b"\0")[0].decode()
         size = int(header[124:136].strip(b" \0"), 8)
         checksum = int(header[148:156].strip(b" \0"), 8)

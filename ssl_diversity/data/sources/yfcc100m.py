@@ -1,7 +1,6 @@
 """YFCC100M: a uniformly random selection of its photos (Thomee et al., CACM 2016), from a folder or fetched."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -124,11 +123,9 @@ class YFCC100M(Source):
             for photo in index.read(start, min(start + part_items, asked)):
                 name = photo_path(photo.decode()).removeprefix("data/images/")
                 try:
-                    status = os.stat(root / name)
+                    lister.add_file(root, name)
                 except FileNotFoundError:
                     missing["no such file"] += 1
-                else:
-                    lister.add(name, status.st_size, status.st_mtime_ns)
             self.report = Report(asked, asked - missing.total(), dict(missing))
             if listing := lister.finish():
                 yield _part(root, 0, listing)
