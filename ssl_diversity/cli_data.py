@@ -1,7 +1,6 @@
 """The verbs `data` and `store`, and how the command line shows mappings and progress."""
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from rich.text import Text
 from ssl_diversity import files
 from ssl_diversity.config import parse_overrides
 from ssl_diversity.errors import UserError
-from ssl_diversity.runtime import Runtime, on_terminal
+from ssl_diversity.runtime import Runtime, cores, on_terminal
 
 PLAIN_WIDTH = 160  # columns where the output is not a terminal
 
@@ -139,7 +138,7 @@ def data_prepare(
     with progress_bar(f"prepare {spec.name}") as bar:
         pool = prepare(
             spec,
-            processes=processes or os.cpu_count() or 1,
+            processes=processes or cores(),
             memory_bytes=int(memory_gb * 2**30),
             runtime=bar.runtime,
         )

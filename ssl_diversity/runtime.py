@@ -38,6 +38,16 @@ class Runtime:
         torch.set_num_threads(self.threads)
 
 
+def cores() -> int:
+    """How many this process may use: what affinity, a container's quota and LOKY_MAX_CPU_COUNT leave of the machine's.
+
+    Threads beyond a quota starve one another.
+    """
+    from joblib import cpu_count
+
+    return int(cpu_count())
+
+
 def on_terminal() -> bool:
     """Whether progress bars make sense."""
     return sys.stderr.isatty()

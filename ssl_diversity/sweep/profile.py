@@ -10,6 +10,7 @@ from ssl_diversity import config
 from ssl_diversity.config import Config
 from ssl_diversity.errors import UserError
 from ssl_diversity.files import REPOSITORY
+from ssl_diversity.runtime import cores
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -61,10 +62,9 @@ class LocalProfile(Profile):
     )  # submitit ends a local job after 2 minutes unless told otherwise
 
     def layout(self) -> tuple[int, int]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        automatic = (len(visible_gpus()) if self.device != "cpu" else 0) or min(2, cores)
+        automatic = (len(visible_gpus()) if self.device != "cpu" else 0) or min(2, cores())
         workers = automatic if self.workers == "auto" else self.workers
-        return workers, max(1, cores // workers) if self.threads == "auto" else self.threads
+        return workers, max(1, cores() // workers) if self.threads == "auto" else self.threads
 
     def parameters(self, sweep_name: str) -> dict[str, Any]:
         return {"name": sweep_name, "timeout_min": self.TIMEOUT_MIN}

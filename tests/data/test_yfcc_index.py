@@ -108,7 +108,7 @@ def test_more_photos_than_there_are_is_an_error(tmp_path: Path) -> None:
 
 def test_files_that_were_read_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write(tmp_path / f"{i}.bz2", mixed(60)[i::2]) for i in range(2)]
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(module, "cores", lambda: 1)
     read: list[str] = []
     original = module.read
 

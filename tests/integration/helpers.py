@@ -29,15 +29,21 @@ def command(*arguments: str) -> list[str]:
 
 def run(home: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `ssl-diversity ARGUMENTS` in `home`; its exit status must be `status`."""
-    done = subprocess.run(
-        command(*arguments),
-        cwd=home,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=2400,
-    )
+    try:
+        done = subprocess.run(
+            command(*arguments),
+            cwd=home,
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1200,
+        )
+    except subprocess.TimeoutExpired as late:
+        told = [(text or b"").decode()[-4000:] for text in (late.stdout, late.stderr)]
+        raise AssertionError(
+            f"{arguments}: not done after {late.timeout:.0f} s\n{told[0]}\n{told[1]}"
+        ) from None
     assert done.returncode == status, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr or status == 1, done.stderr
     return done

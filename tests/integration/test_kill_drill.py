@@ -74,7 +74,7 @@ def drill(folder: Path, arguments: list[str], sweep: str, parts: int) -> None:
 
 @pytest.mark.slow
 def test_killed_three_times_equals_undisturbed(tmp_path: Path) -> None:
-    cut = ["methods=[simclr,dino,mae]", "unique_samples=[64,512]", "budget=8192", "checkpoint_samples=1024"]
+    cut = ["methods=[simclr,dino,mae]", "unique_samples=[64,512]", "budget=4096", "checkpoint_samples=512"]
     drill(tmp_path, ["sweep", "quickstart", *cut], "quickstart", parts=6)
 
 
@@ -90,9 +90,9 @@ def test_real_photographs_killed_three_times(tmp_path: Path) -> None:
         "methods=[simclr,mae]",
         "backbone={default: conv-tiny, mae: vit-micro}",
         "unique_samples=[1000,10000]",
-        "budget=20000",
+        "budget=10000",
         "seeds=1",
-        "checkpoint_samples=2000",
+        "checkpoint_samples=1000",
         "baselines=[random]",
     ]
     drill(tmp_path, ["sweep", "cifar10", *cut], "cifar10", parts=6)

@@ -1,5 +1,6 @@
 """A sweep file says what it means, refuses what it cannot mean in one line, and remembers what was asked."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,15 @@ def test_the_packaged_profiles_load() -> None:
     assert isinstance(local, LocalProfile)
     assert isinstance(slurm, SlurmProfile)
     assert local.layout()[0] >= 1
+
+
+def test_workers_and_threads_fill_the_cores_that_may_be_used(monkeypatch) -> None:
+    profile = LocalProfile(executor="local", device="cpu")
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert profile.layout() == (1, 1)
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
+    workers, threads = profile.layout()
+    assert workers * threads <= len(os.sched_getaffinity(0))
 
 
 def test_a_local_profile_refuses_a_clusters_keys(tmp_path) -> None:

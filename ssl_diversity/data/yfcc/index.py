@@ -5,7 +5,6 @@ photos alone (not on the order or number of the files that list them), and holds
 makes it: sorted runs in bounded memory, kept when their file is read, and a merge by ranges of the key.
 """
 
-import os
 import shutil
 import threading
 from collections import Counter
@@ -24,7 +23,7 @@ from ssl_diversity import files
 from ssl_diversity.data.writer import locked, reporting_full_disk
 from ssl_diversity.data.yfcc.metadata import Tally, read
 from ssl_diversity.errors import Interrupted, UserError
-from ssl_diversity.runtime import Runtime
+from ssl_diversity.runtime import Runtime, cores
 
 _FORMAT = 1  # of the index; part of its folder's name
 _PHOTOS = "photos.bin"
@@ -97,7 +96,7 @@ def open_index(paths: Sequence[Path], draw: int, runtime: Runtime = Runtime()) -
             work = folder / "work"
             work.mkdir(parents=True, exist_ok=True)
             reading = _Reading(work, draw, runtime, list(paths))
-            with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as threads:  # bz2 holds no lock
+            with ThreadPoolExecutor(min(len(paths), cores())) as threads:  # bz2 holds no lock
                 tallies = list(threads.map(reading.sort_file, range(len(paths))))
             digest = _merge(sorted(work.glob("*.keys")), folder / _PHOTOS, runtime)
             counts = sum((Counter(tally["counts"]) for tally in tallies), Counter())
