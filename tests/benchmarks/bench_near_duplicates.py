@@ -181,7 +181,8 @@ def without_twins(tail: Tail, names: list[str]) -> Tail:
 def fitted(distance: NDArray[np.float32], pairs: float) -> tuple[float, float]:
     """Rate per pair up to distance 1, and the exponent of its power law: Hill's estimator below TAIL."""
     exponent = len(distance) / np.log(TAIL / np.maximum(distance, 0.1)).sum()
-    return len(distance) / pairs / TAIL**exponent, float(exponent)
+    with np.errstate(over="ignore"):  # distances next to TAIL alone: a rate of 0
+        return len(distance) / pairs / TAIL**exponent, float(exponent)
 
 
 def with_interval(tail: Tail, n: int, pairs: float) -> tuple[float, float, float, float]:
