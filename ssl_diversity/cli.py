@@ -243,31 +243,67 @@ def pretrain(
 
 @app.command()
 def generate(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe of datasets/ with `source: generated`, or its path.")
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe with `source: generated`, its path, or a name for what `pipeline` makes."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, e.g. n=4096 seed=1."),
     ] = None,
-    size: Annotated[int, typer.Option(help="Pixels of the pool's images.")] = 16,
+    *,
+    size: Annotated[int, typer.Option(min=4, help="Pixels of the pool's images.")] = 16,
     profile: ProfileName = "local",
+    verify: Annotated[
+        int, typer.Option(min=0, help="Of a pool that is there, make the blocks of so many images again.")
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; make nothing.")] = False,
 ) -> None:
-    """Train a generator, if the recipe names one to train, and sample a pool from it.
+    """Sample a pool from a diffusion model, which is trained first where the recipe says so.
+
+    Interrupted, it goes on where it was; asked for more images later, it keeps the first as they are.
 
     ssl-diversity generate generated-digits n=4096 --size 32
+
+    ssl-diversity generate birds pipeline=~/stable-diffusion classes=[wren,owl] n=1000 --size 256
+
+    ssl-diversity generate birds pipeline=~/stable-diffusion classes=[wren,owl] n=1000 --size 256 --verify 16
     """
-    from ssl_diversity.sweep import config, launch
+    from ssl_diversity.sweep import config, launch, table
     from ssl_diversity.sweep.plan import expand
     from ssl_diversity.sweep.profile import load_profile
 
     where = load_profile(profile)
-    asked = config.one_source(recipe, parse_overrides(overrides or []), size)
+    asked = config.one_source(name, parse_overrides(overrides or []), size)
+    if dry_run:
+        planned = expand(asked)
+        for line in table.generation(planned, where, launch.device_of(where)):
+            out.print(line)
+        waiting = [reason for reason in planned.waiting if planned.sources[0].name in reason]
+        return out.print("; ".join(waiting) or f"pool: {planned.sources[0].pool.path}")  # type: ignore[union-attr]
+    if verify:
+        raise typer.Exit(_verify_generated(expand(asked).sources[0].pool, name, verify, where))
     code = launch.run(asked, where, skip=launch.EVALUATION | {"pretrain"}, console=out, with_report=False)
     pool = expand(asked).sources[0].pool
     if pool is not None:
         out.print(f"pool: {pool.path} ({pool.size:,} images)")
     raise typer.Exit(code)
+
+
+def _verify_generated(pool: Any, name: str, count: int, where: Any) -> int:
+    """The exit status: 1 where an image came out differently."""
+    from ssl_diversity.generation.assembly import verify
+    from ssl_diversity.sweep.launch import device_of
+
+    if pool is None:
+        raise UserError(f"{name}: not made yet; run the same command without --verify first")
+    with progress_bar(f"verify {pool.name}") as bar:
+        runtime = Runtime(device_of(where), where.layout()[1], progress=bar, note=bar.note)
+        found = verify(pool, count, runtime)
+    out.print(mapping(found))
+    return 0 if found["equal"] == found["images"] else 1
 
 
 @app.command()

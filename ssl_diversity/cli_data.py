@@ -264,6 +264,35 @@ def data_inspect(
     out.print(f"contact sheet: {path}")
 
 
+@data.command("page")
+def data_page(
+    name: Annotated[str, typer.Argument(metavar="POOL", help="A pool's name or folder.")],
+    *,
+    reference: Annotated[str | None, typer.Option(help="A pool of real images to compare it with.")] = None,
+    n: Annotated[
+        int, typer.Option(min=2, help="Images of each that are compared, or what both have.")
+    ] = 1024,
+    extractor: Annotated[
+        str, typer.Option(help="random-resnet, timm:NAME or a weights file.")
+    ] = "random-resnet",
+    to: Annotated[Path, typer.Option(help="The page to write.")] = Path("pool.html"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """A pool as a page: counts, samples, and how faithful and how diverse it is beside a reference.
+
+    ssl-diversity data page generated-digits --reference digits --to digits.html
+    """
+    from ssl_diversity.data.pool import find
+    from ssl_diversity.report.pool_page import write_pool_page
+    from ssl_diversity.sweep.work import device as device_of
+
+    pool, real = find(name), find(reference) if reference else None
+    with progress_bar(f"page of {pool.name}") as bar:
+        runtime = Runtime(device=device_of(device), threads=cores(), progress=bar, note=bar.note)
+        path = write_pool_page(pool, to, reference=real, extractor=extractor, n=n, runtime=runtime)
+    out.print(f"{path}")
+
+
 @data.command("verify")
 def data_verify(name: Annotated[str, typer.Argument(help="A pool, by name or folder name.")]) -> None:
     """Recheck everything in a pool; exit status 1 and the file's name where anything differs.

@@ -67,7 +67,7 @@ def _chunks(rows: Rows) -> list[int]:
 
 def _within(copies: Numbers, rows: Rows) -> Numbers:
     """Test rows of (test row, pool row) pairs (2, m) whose pool row is one of `rows`."""
-    return copies[0, (copies[1] - rows.start) % rows.size < rows.count]
+    return copies[0, rows.holds(copies[1])]
 
 
 @lru_cache(maxsize=256)

@@ -45,11 +45,15 @@ _CHUNK_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` consecutive rows of a pool of `size`, from `start`, wrapping at the end."""
+    """`count` rows of a pool: from `start` on, wrapping at the end of its first `ring` rows, then those behind them.
+
+    Index i < ring is row (start + i) % ring, any other is row i. `ring` is the pool's `first_size`: a draw within it
+    is what it was before the pool grew, and draws of one `start` are nested, however often the pool grew.
+    """
 
     start: int
     count: int
-    size: int
+    ring: int
 
     def __len__(self) -> int:
         return self.count
@@ -59,18 +63,31 @@ class Rows:
         i = np.asarray(indices, dtype=np.int64)
         if i.size and (i.min() < 0 or i.max() >= self.count):
             raise IndexError(f"index outside the {self.count} rows of the subset")
-        return (self.start + i) % self.size
+        return np.where(i < self.ring, (self.start + i) % self.ring, i)
+
+    def holds(self, row_numbers: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each of int64 `row_numbers` is one of these rows."""
+        number = np.asarray(row_numbers, dtype=np.int64)
+        index = np.where(number < self.ring, (number - self.start) % self.ring, number)
+        return index < self.count
 
     def numbers(self) -> NDArray[np.int64]:
         return self[np.arange(self.count)]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The same rows in order, as the fewest ranges (start, stop) of row numbers."""
+        if not self.start:
+            return [(0, self.count)] if self.count else []
+        end = self.start + min(self.count, self.ring)
+        spans = (self.start, min(end, self.ring)), (0, end - self.ring), (self.ring, self.count)
+        return [(start, stop) for start, stop in spans if start < stop]
+
     def chunks(self) -> list[slice]:
         """The same rows in order, as slices of the pool's columns of bounded length."""
-        end = self.start + self.count
-        spans = [(self.start, min(end, self.size)), (0, end - self.size)]
         return [
             slice(low, min(low + _CHUNK_ROWS, stop))
-            for start, stop in spans
+            for start, stop in self.spans
             for low in range(start, stop, _CHUNK_ROWS)
         ]
 
@@ -186,9 +203,9 @@ class Pool:
         except (OSError, ValueError, EOFError) as error:
             problem = "missing" if isinstance(error, FileNotFoundError) else "damaged"
             raise UserError(f"{problem} index {path}: {AGAIN}") from None
-        if column.shape != (self.size, *row_shape) or column.dtype != np.dtype(dtype):
+        if column.shape[1:] != row_shape or len(column) < self.size or column.dtype != np.dtype(dtype):
             raise UserError(f"damaged index {path}: {AGAIN}")
-        return np.asarray(column)
+        return np.asarray(column[: self.size])  # the pool may have grown since it was opened
 
     @functools.cached_property
     def remote(self) -> str | None:
@@ -238,7 +255,12 @@ class Pool:
                 f"unique_samples={n}: pool {self.name!r} has {self.size} images; ask for 1 to {self.size}"
             )
         start = int(replicate * _GOLDEN % 1.0 * self.info.first_size)
-        return Rows(start, n, self.size)
+        return Rows(start, n, self.info.first_size)
+
+    def chained(self, rows: slice) -> bytes:
+        """What the shards' chained digests are of: content hash and label (little-endian int32) of each row."""
+        labels = np.ascontiguousarray(self.label[rows], "<i4").view(np.uint8).reshape(-1, 4)
+        return np.concatenate([self.content[rows], labels], axis=1).tobytes()
 
     def rows_digest(self, rows: Rows) -> str:
         """Hex digest of the pixels, in order, that `rows` stand for: encoding and content hashes."""
@@ -361,9 +383,12 @@ def find(name: str) -> Pool:
 def overlap(pool: Pool, n: int, replicates: Sequence[int]) -> float:
     """Mean over pairs of `replicates` of the fraction of their `n` rows that both have; 0 for one."""
     starts = [pool.rows(n, replicate).start for replicate in replicates]
+    ring = pool.info.first_size
+    inside = min(n, ring)  # behind the ring all draws are the same
     shared = []
     for a, b in combinations(starts, 2):
-        ahead = (b - a) % pool.size
-        behind = pool.size - ahead
-        shared.append((max(0, n - ahead) + (max(0, n - behind) if ahead else 0)) / n)
+        ahead = (b - a) % ring
+        behind = ring - ahead
+        both = max(0, inside - ahead) + (max(0, inside - behind) if ahead else 0)
+        shared.append((both + n - inside) / n)
     return float(np.mean(shared)) if shared else 0.0

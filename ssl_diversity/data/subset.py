@@ -53,8 +53,8 @@ class Subset:
         `what` says for which task ("cell").
         """
         opened = [(spec, Pool.open(spec.pool)) for spec in parts]
-        subset = cls(tuple((p, Rows(s.rows_start, s.rows_count, p.size)) for s, p in opened))
-        small = any(spec.rows_count > pool.size or spec.rows_start >= pool.size for spec, pool in opened)
+        subset = cls(tuple((p, Rows(s.rows_start, s.rows_count, p.info.first_size)) for s, p in opened))
+        small = any(s.rows_count > p.size or s.rows_start >= p.info.first_size for s, p in opened)
         if small or subset.digest != digest:
             where = " or ".join(str(pool.path) for _, pool in opened)
             raise UserError(f"pool {where} has changed since this {what} was planned; plan again")
@@ -106,10 +106,7 @@ class Subset:
         index = 0
         for part, (pool, rows) in enumerate(self.parts):
             ends = np.cumsum([shard.rows for shard in pool.info.shards])
-            wrapped = max(0, rows.start + rows.count - rows.size)
-            for start, stop in ((rows.start, rows.start + rows.count - wrapped), (0, wrapped)):
-                if start == stop:
-                    continue
+            for start, stop in rows.spans:
                 first = np.array([start, *ends[(ends > start) & (ends < stop)].tolist()])
                 counts = np.diff(first, append=stop)
                 shards = np.searchsorted(ends, first, side="right")

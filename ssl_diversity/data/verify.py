@@ -6,10 +6,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from ssl_diversity.data import image
 from ssl_diversity.data.config import Shard
+from ssl_diversity.data.growing import unfinished
 from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool
 from ssl_diversity.data.writer import file_digest
 from ssl_diversity.errors import UserError
@@ -25,14 +24,19 @@ def verify(
     """
     try:
         pool = Pool.open(pool.path if isinstance(pool, Pool) else pool)
+        grown = unfinished(pool.path)  # some of its files may be in their places already
     except UserError as error:
         return [str(error)]
     problems = []
+    if grown:
+        problems.append(
+            f"{pool.path}: a growth to {grown.size} rows is under way or was interrupted; run it again"
+        )
     for name, expected in pool.info.files.items():
         path = pool.path / name
         if not path.exists():
             problems.append(f"{path}: missing")
-        elif file_digest(path) != expected:
+        elif file_digest(path) not in (expected, grown and grown.files.get(name)):
             problems.append(f"{path}: checksum differs")
     try:
         problems += _chain(pool)
@@ -51,6 +55,8 @@ def verify(
             problems += [f"{path}: {problem}" for problem in _members(columns, path, number, shard, row)]
         row += shard.rows
         progress(row, pool.size)
+    if problems and Pool.open(pool.path).info != pool.info:  # it grew meanwhile
+        return verify(pool.path, progress)
     return problems
 
 
@@ -58,9 +64,7 @@ def _chain(pool: Pool) -> list[str]:
     state = hashlib.blake2b(digest_size=16)
     row = 0
     for shard in pool.info.shards:
-        rows = slice(row, row + shard.rows)
-        labels = pool.label[rows].astype("<i4").view(np.uint8).reshape(-1, 4)
-        state.update(np.concatenate([pool.content[rows], labels], axis=1).tobytes())
+        state.update(pool.chained(slice(row, row + shard.rows)))
         row += shard.rows
         if state.hexdigest() != shard.chained:
             return [f"{pool.path / 'index'}: rows of {shard.file} differ from the digest in pool.json"]

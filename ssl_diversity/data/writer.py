@@ -23,7 +23,7 @@ from ssl_diversity import files
 from ssl_diversity.config import Config, validate
 from ssl_diversity.data import image
 from ssl_diversity.data.config import Codec, Filter, PoolInfo, Shard
-from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool, padded
+from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool, Rows, padded
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.runtime import Runtime
 
@@ -32,9 +32,21 @@ _PENDING_ROWS = 8192  # whose index waits in memory
 
 
 class ShardWriter:
-    """Appends rows to the shards and index columns of a pool's folder, in order and in bounded memory."""
+    """Appends rows to the shards and index columns of a pool's folder, in order and in bounded memory.
 
-    def __init__(self, folder: Path, codec: str, shard_bytes: int, *, near_duplicates: bool = False) -> None:
+    `after` is a pool whose rows come first: the columns begin with them, numbers and chained digests go on from
+    them, and its shards stay where they are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        codec: str,
+        shard_bytes: int,
+        *,
+        near_duplicates: bool = False,
+        after: Pool | None = None,
+    ) -> None:
         self.folder = folder
         self.codec = codec
         self.shard_bytes = shard_bytes
@@ -51,7 +63,17 @@ class ShardWriter:
         self._pending: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for name in self.columns:
             self._column_header(name)
+        if after is not None:
+            self._follow(after)
         self._open_shard()
+
+    def _follow(self, pool: Pool) -> None:
+        for part in Rows(0, pool.size, pool.size).chunks():
+            self.chain.update(pool.chained(part))
+            for name, file in self.columns.items():
+                file.write(np.ascontiguousarray(getattr(pool, name)[part]).data)
+        self.rows = pool.size
+        self.shards = list(pool.info.shards)
 
     def _open_shard(self) -> None:
         self.path = self.folder / "shards" / f"{len(self.shards):06d}.tar"
@@ -220,22 +242,26 @@ def publish(writer: ShardWriter, directory: Path, info: dict[str, Any]) -> Pool:
     """Finish a pool: shards, columns, dropped.jsonl, pool.json, then the rename that makes it exist."""
     if writer.rows == 0:
         raise UserError(f"pool {info['name']!r}: not one image is left to keep; counts: {info['counts']}")
-    checked = writer.close()
-    finished = {
-        **info,
-        "size": writer.rows,
-        "first_size": writer.rows,
-        "shards": writer.shards,
-        "files": {name: file_digest(writer.folder / name) for name in checked},
-    }
-    files.write_json(writer.folder / "pool.json", PoolInfo.model_validate(finished).model_dump(mode="json"))
+    finish(writer, {**info, "first_size": writer.rows})
     shutil.rmtree(directory, ignore_errors=True)  # a folder without pool.json: nothing whole is lost
     writer.folder.rename(directory)
     return Pool.open(directory)
 
 
+def finish(writer: ShardWriter, info: Mapping[str, Any]) -> None:
+    """Everything of a pool in the writer's folder, pool.json (`info`, and what the writer knows) last."""
+    checked = writer.close()
+    finished = {
+        **info,
+        "size": writer.rows,
+        "shards": writer.shards,
+        "files": {name: file_digest(writer.folder / name) for name in checked},
+    }
+    files.write_json(writer.folder / "pool.json", PoolInfo.model_validate(finished).model_dump(mode="json"))
+
+
 class PoolFields(Config):
-    """What `write_pool` is told about a pool that is not prepared from a source."""
+    """What `write_pool` and `growing` are told about a pool that is not prepared from a source."""
 
     name: str
     source: str

@@ -128,13 +128,16 @@ def noise_statistics(
 ) -> Statistics:
     """Statistics of n images of uniform noise, always the same ones, of `size` pixels."""
 
-    def images(index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        draws = [
-            np.random.default_rng(int(i)).integers(0, 256, (size, size, 3), dtype=np.uint8) for i in index
-        ]
-        return np.stack(draws)
+    identity = {"noise": n, "image_size": size}
+    return _statistics(
+        lambda index: noise_images(index, size), n, identity, extractor, bins=bins, report=report
+    )
 
-    return _statistics(images, n, {"noise": n, "image_size": size}, extractor, bins=bins, report=report)
+
+def noise_images(numbers: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+    """uint8 (b, size, size, 3): images of uniform noise, always the same ones for the same numbers."""
+    draws = (np.random.default_rng(i).integers(0, 256, (size, size, 3), np.uint8) for i in numbers.tolist())
+    return np.stack(list(draws))
 
 
 def _statistics(

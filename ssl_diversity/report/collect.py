@@ -17,6 +17,7 @@ from ssl_diversity.data.subset import digest_of
 from ssl_diversity.errors import UserError
 from ssl_diversity.evaluation.outcome import accuracy_without
 from ssl_diversity.files import read_json, task_dir
+from ssl_diversity.generation.sampling import SOURCE as GENERATED
 from ssl_diversity.report.records import Collected, FailedTask
 from ssl_diversity.report.words import date, scientific
 from ssl_diversity.sweep import store
@@ -99,6 +100,7 @@ def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, An
         "source_kind": pools[0].info.source if len(pools) == 1 else "mix",
         "pool_digest": digest_of([pool.digest for pool in pools]),
         "source_real_images": None if None in real else sum(filter(None, real)),
+        "source_cost_flops": _source_flops(parts),
         "unique_samples": cell.unique_samples,
         "budget": cell.budget,
         "budget_asked": cell.budget_asked,
@@ -129,6 +131,25 @@ def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, An
         measures |= {column: subset.get(field) for column, field in SUBSET.items()}
         out += _probe_records(probe, results, common | measures, leaks)
     return out
+
+
+def _source_flops(parts: Parts) -> float | None:
+    """FLOPs of making the images of a cell: 0 for real ones, None where a generated pool does not say.
+
+    Training the generator, where it was trained here, and sampling N images with those that filters dropped.
+    """
+    total = 0.0
+    for pool, rows in parts:
+        if pool.info.source != GENERATED:
+            continue
+        cost = pool.info.provenance.get("cost") or {}
+        if cost.get("flops_per_image") is None or (
+            "training_flops" in cost and cost["training_flops"] is None
+        ):
+            return None
+        made = pool.info.counts["read"] / pool.size  # of which one is kept
+        total += cost.get("training_flops", 0.0) + cost["flops_per_image"] * made * rows.count
+    return total
 
 
 def _baseline_records(sweep: SweepConfig, baseline: Baseline, results: Results) -> list[dict[str, Any]]:

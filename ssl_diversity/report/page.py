@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -66,10 +65,10 @@ def render(collected: Collected, table: pd.DataFrame, folder: Path) -> str:
         for budget in budgets
         for downstream in dict.fromkeys(table["downstream"])
     ]  # fmt: skip
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = PackageLoader("ssl_diversity", "report")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["amount"] = words.amount
-    template = environment.from_string(files("ssl_diversity.report").joinpath("page.html.j2").read_text())
-    html: str = template.render(
+    html: str = environment.get_template("page.html.j2").render(
         c=collected,
         blocks=blocks,
         legend=figures.colours(sources),
@@ -202,8 +201,21 @@ def _collapsed(cells: pd.DataFrame) -> list[str]:
 
 
 def _generators(cells: pd.DataFrame) -> list[str]:
-    generated = cells[cells["source_kind"] == "generated"].drop_duplicates("source")
-    return [
-        f"The generator behind {r.source} saw {tables.integer(r.source_real_images)} real images."
-        for r in generated.itertuples()
-    ]
+    """What each saw, and what its images cost beside the training on them."""
+    lines = []
+    for source, rows in cells[cells["source_kind"] == "generated"].groupby("source"):
+        most = rows[rows["unique_samples"] == rows["unique_samples"].max()]
+        real, price, flops = (
+            most[name].dropna().mean() for name in ("source_real_images", "source_cost_flops", "flops")
+        )
+        line = f"The generator behind {source} saw {tables.integer(real)} real images."
+        if pd.isna(real):
+            line = f"How many real images the generator behind {source} saw is not known."
+        if pd.notna(price) and pd.notna(flops):
+            line += (
+                f" Making {tables.integer(most['unique_samples'].max())} of its images, the training of the generator"
+                f" included where the sweep did it, took {words.scientific(price)} FLOPs: {price / flops:.2g} times what"
+                " pretraining a cell on them took (mean over cells; column source_cost_flops)."
+            )
+        lines.append(line)
+    return lines

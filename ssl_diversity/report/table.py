@@ -22,6 +22,7 @@ COLUMNS = {
     "source_kind": _TEXT,
     "pool_digest": _TEXT,
     "source_real_images": _INTEGER,
+    "source_cost_flops": _REAL,
     "unique_samples": _INTEGER,
     "budget": _INTEGER,
     "budget_asked": _TEXT,

@@ -20,7 +20,7 @@ History = Callable[[str], Sequence[tuple[int, float]]]  # (samples seen, loss) o
 Record = Mapping[str, Any]
 
 COORDINATES = (
-    "method", "backbone", "recipe", "source", "source_kind", "pool_digest", "source_real_images", "unique_samples",
+    "method", "backbone", "recipe", "source", "source_kind", "pool_digest", "source_real_images", "source_cost_flops", "unique_samples",
     "budget", "budget_asked", "batch_size", "seed", "replicate", "precision",
 )  # fmt: skip
 PER_CELL = ("effective_rank", "collapsed", "flops", "train_seconds", "peak_memory_bytes")

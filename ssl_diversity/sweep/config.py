@@ -84,7 +84,7 @@ class SweepConfig(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     image_size: Annotated[int, Field(ge=4)]
     sources: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    downstream: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    downstream: dict[str, dict[str, Any]]  # none: a pool is wanted alone (`one_source`)
     methods: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
     backbone: Annotated[dict[str, str], BeforeValidator(_defaulted)]
     recipe: str = "auto"
@@ -194,6 +194,8 @@ def load(text: str, overrides: Sequence[str] = (), *, remembered: bool = True) -
         sweep = config.validate(SweepConfig, values, where)
     except UserError as error:
         raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+    if not sweep.downstream:
+        raise UserError(f"{where}: downstream: name at least one labelled set, or a folder or tar")
     record = recorded(sweep.name) if remembered else None
     old = (record.sources, record.kept_downstream()) if record else ({}, {})
     before = record.downstream if record else {}
@@ -240,7 +242,9 @@ def one_cell(overrides: Sequence[str]) -> list[str]:
 
 
 def one_source(recipe: str, options: Mapping[str, Any], image_size: int) -> SweepConfig:
-    """The smallest sweep that makes the generated source `recipe`."""
+    """The smallest sweep that makes the generated source `recipe`, a name of the user's where `pipeline` is given."""
+    if "pipeline" in options and recipe not in recipes.names() and not recipe.endswith((".yaml", ".yml")):
+        recipe, options = generation.SOURCE, {"name": recipe, **options}
     if recipes.load(recipe)["source"] != generation.SOURCE:
         raise UserError(f"{recipe!r} is prepared, not generated; run `ssl-diversity data prepare {recipe}`")
     base = load("quickstart", ["name=generate", "methods=[simclr]"], remembered=False)
@@ -249,6 +253,7 @@ def one_source(recipe: str, options: Mapping[str, Any], image_size: int) -> Swee
     return base.model_copy(
         update={
             "image_size": image_size,
+            "downstream": {},
             "sources": _normal_sets({name: {**entry, **options}}),
             **point,
         }

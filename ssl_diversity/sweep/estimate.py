@@ -3,14 +3,21 @@
 import contextlib
 from typing import Any
 
-from ssl_diversity.files import read_json, write_json
+from ssl_diversity.files import digest, read_json, write_json
+from ssl_diversity.generation.sampling import SampleSpec
+from ssl_diversity.generation.training import GeneratorSpec
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import Cell
 from ssl_diversity.sweep.store import cache_dir
 from ssl_diversity.sweep.task import Task
 from ssl_diversity.train import CellSpec
 
-Rates = dict[str, float]  # what -> seconds per sample (pretrain) or per task (all other kinds)
+Rates = dict[str, float]  # what -> seconds per sample (trained or made) or per task (all other kinds)
+
+
+_EACH = frozenset(
+    {"samples", "seed", "rows_digest", "rows_count", "first_block", "blocks"}
+)  # leave a rate as it is
 
 
 def rates() -> Rates:
@@ -22,8 +29,9 @@ def rates() -> Rates:
 
 def record(task: Task, result: dict[str, Any], seconds: float, device: str, threads: int) -> None:
     """Remember what a task took. Two workers at once may lose one measurement; the next one brings it back."""
-    if isinstance(task.spec, CellSpec) and result.get("samples_seen"):
-        seconds = result.get("train_seconds", seconds) / result["samples_seen"]
+    if result.get("samples_seen"):
+        seconds = result.get("train_seconds", seconds)
+    seconds /= units(task)
     with contextlib.suppress(OSError):
         write_json(cache_dir() / "rates.json", {**rates(), _what(task, device, threads): seconds})
 
@@ -33,7 +41,7 @@ def seconds(task: Task, known: Rates, device: str, threads: int) -> float | None
     per = known.get(_what(task, device, threads))
     if per is None:
         return None
-    return per * task.spec.budget if isinstance(task.spec, CellSpec) else per
+    return per * units(task)
 
 
 def cell_seconds(cell: Cell, sweep: SweepConfig, known: Rates, device: str, threads: int) -> float | None:
@@ -56,7 +64,20 @@ def _what(task: Task, device: str, threads: int) -> str:
     spec = task.spec
     if isinstance(spec, CellSpec):
         return _cell(spec.method, spec.backbone, spec.image_size, spec.precision, device, threads)
+    if isinstance(spec, GeneratorSpec | SampleSpec):
+        own = {key: value for key, value in spec.identity().items() if key not in _EACH}
+        return f"{task.kind}/{digest(own)[:16]}/{device}/{threads}threads"
     return f"{task.kind}/{device}/{threads}threads"
+
+
+def units(task: Task) -> int:
+    """What a task's time is in proportion to: samples trained on, images made, or 1."""
+    match task.spec:
+        case CellSpec(budget=samples) | GeneratorSpec(samples=samples):
+            return samples
+        case SampleSpec() as spec:
+            return spec.images
+    return 1
 
 
 def _cell(*parts: object) -> str:

@@ -26,7 +26,7 @@ from ssl_diversity.sweep.work import Current, Order, Worker, left
 from ssl_diversity.train import CellSpec, make_order
 
 PLAIN_LINE_EVERY_S = 15.0  # where the output is not a terminal
-TRAINING = frozenset({"pretrain", "train-generator", "generate"})
+TRAINING = frozenset({"pretrain", "train-generator", "sample", "generate"})
 EVALUATION = frozenset({"probe", "distance"})
 SHOWN_FAILURES = 5
 KEPT_LOGS = 5  # runs whose logs are kept, and those that may not have ended

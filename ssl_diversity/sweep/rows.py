@@ -23,7 +23,7 @@ def digest(subset: Subset) -> str:
 
 @cache
 def _rows_digest(path: str, pool_digest: str, rows: Rows) -> str:
-    key = {"digest of": pool_digest, "rows": [rows.start, rows.count, rows.size]}
+    key = {"digest of": pool_digest, "rows": [rows.start, rows.count, rows.ring]}
     return str(_kept(key, rows.count, lambda: Pool.open(path).rows_digest(rows)))
 
 

@@ -4,29 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any
 
 from ssl_diversity.data import recipes
-from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.subset import Subset
 from ssl_diversity.errors import UserError
 from ssl_diversity.generation import config as generation
-from ssl_diversity.sweep import mixture
+from ssl_diversity.sweep import generated, mixture
 from ssl_diversity.sweep.config import SweepConfig, given_pool, named_entry
 from ssl_diversity.sweep.rows import shared_images
+from ssl_diversity.sweep.supply import Supply, encoding_of, pool_of, prepare_task
 from ssl_diversity.sweep.task import Task
-
-
-@dataclass(frozen=True)
-class Supply:
-    """A pool to pretrain on. `tasks` make it, the last of them the pool itself (none for a given pool)."""
-
-    name: str
-    tasks: tuple[Task, ...]
-    pool: Pool | None
-    encoding: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class Source:
     @property
     def size(self) -> int:
         """The largest N; 0 before its pools are there."""
-        return mixture.largest(self.shares, [pool.size for pool in self.pools]) if self.pools else 0
+        return mixture.largest(self.shares, [supply.size for supply in self.supplies]) if self.pools else 0
 
     def subset(self, n: int, replicate: int = 0) -> Subset:
         """Draw number `replicate` of n images; draws of one replicate are nested in n."""
@@ -79,11 +68,11 @@ class Source:
         """Refuse an N that a mixture's pools cannot give, naming the pool that is too small."""
         if len(self.pools) < 2:
             return
-        for pool, count in zip(self.pools, mixture.apportion(self.shares, n), strict=True):
-            if count > pool.size:
+        for supply, count in zip(self.supplies, mixture.apportion(self.shares, n), strict=True):
+            if count > supply.size:
                 raise UserError(
-                    f"unique_samples={n} of mixture {self.name!r} takes {count} images of pool {pool.name!r}, which"
-                    f" has {pool.size}; use `all` or a number up to {self.size}"
+                    f"unique_samples={n} of mixture {self.name!r} takes {count} images of pool {supply.name!r}, which"
+                    f" has {supply.size}; use `all` or a number up to {self.size}"
                 )
 
 
@@ -132,41 +121,15 @@ def _supply(sweep: SweepConfig, name: str, entry: Mapping[str, Any]) -> Supply:
     try:
         loaded = recipes.load(recipe)
         if loaded["source"] == generation.SOURCE:
-            return _generated(sweep, name, generation.from_recipe(loaded, options))
+            return generated.supply(sweep, name, generation.from_recipe(loaded, options))
         spec = recipes.resolve(recipe, options, defaults=sweep.defaults)
     except UserError as error:
         pool = given_pool(recipe)
         if pool is None:
             raise UserError(f"sources.{name}: {error}") from None
         return Supply(name, (), pool, pool.info.encoding)
-    task = _prepare(spec)
-    return Supply(name, (task,), _pool(task), _encoding(spec))
-
-
-def _generated(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) -> Supply:
-    """Prepare the generator's own pool, train it, sample from it; each is known once the one before is done."""
-    defaults = sweep.defaults
-    codec: Any = "png" if defaults["codec"] == "original" else defaults["codec"]
-    stored = {"size": defaults["size"], "filter": defaults["filter"], "quality": defaults["quality"]}
-    trained = None
-    tasks: tuple[Task, ...] = ()
-    if recipe.trains:
-        assert recipe.base is not None
-        shared = next((n for n, entry in sweep.sources.items() if entry == {"recipe": recipe.base}), None)
-        options = {**({"name": shared} if shared else {}), **recipe.base_options}
-        base = _prepare(recipes.resolve(recipe.base, options, defaults=defaults))
-        pool = _pool(base)
-        if pool is None:
-            encoding = {**_encoding(SimpleNamespace(**defaults)), "resize": "square", "codec": codec}
-            return Supply(name, (base,), None, encoding)
-        spec = recipe.generator_spec(pool)
-        train = Task("train-generator", spec, (base,), label=f"train-generator {name}")
-        tasks, trained = (base, train), (train.key, spec.rows_count)
-    generate_spec = recipe.generate_spec(**stored, codec=codec, trained=trained)
-    output = generate_spec.directory / "pool.json"
-    generate = Task("generate", generate_spec, tasks[-1:], output, f"generate {name}")
-    encoding = {"resize": "square", **_encoding(SimpleNamespace(resize="square", **stored, codec=codec))}
-    return Supply(name, (*tasks, generate), _pool(generate), encoding)
+    task = prepare_task(spec)
+    return Supply(name, (task,), pool_of(task), encoding_of(spec))
 
 
 def downstream(sweep: SweepConfig, name: str) -> Downstream:
@@ -175,8 +138,8 @@ def downstream(sweep: SweepConfig, name: str) -> Downstream:
         specs = sweep.downstream_specs(name)
     except UserError as error:
         raise UserError(f"downstream.{name}: {error}") from None
-    train, test = (_prepare(spec) for spec in specs)
-    return Downstream(name, (train, test), _pool(train), _pool(test), _encoding(specs[0]))
+    train, test = (prepare_task(spec) for spec in specs)
+    return Downstream(name, (train, test), pool_of(train), pool_of(test), encoding_of(specs[0]))
 
 
 def check_encoding(sweep: SweepConfig, sources: Sequence[Source], downstream: Sequence[Downstream]) -> None:
@@ -218,26 +181,3 @@ def _compared(encoding: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
 
 def _words(encoding: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in encoding.items() if value is not None)
-
-
-def _encoding(spec: Any) -> dict[str, Any]:
-    """As `PoolInfo.encoding`, of a pool still to be made."""
-    quality = spec.quality if spec.codec == "jpeg" else None
-    size = 0 if spec.resize == "none" else spec.size
-    return {
-        "resize": spec.resize,
-        "size": size,
-        "filter": spec.filter,
-        "codec": spec.codec,
-        "quality": quality,
-    }
-
-
-def _prepare(spec: PrepareSpec) -> Task:
-    return Task(
-        "prepare", spec, output=spec.directory / "pool.json", label=f"prepare {spec.name} {spec.split}"
-    )
-
-
-def _pool(task: Task) -> Pool | None:
-    return Pool.open(task.output.parent) if task.output is not None and task.output.exists() else None

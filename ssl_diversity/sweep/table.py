@@ -82,11 +82,30 @@ def render(plan: Plan, profile: Profile, device: str) -> RenderableType:
     share = Cost(remaining.seconds / workers, remaining.rough, remaining.unknown)
     note = "; roughly, from FLOPs: cells like these have not been measured here" if share.rough else ""
     time_left = f"time left: {share.words} with {workers} worker(s) of {threads} thread(s) on {device}{note}"
-    return Group(table, Text(), *_totals(plan, done), Text(time_left))
+    return Group(table, Text(), *generation(plan, profile, device), *_totals(plan, done), Text(time_left))
 
 
 def _group(cell: Cell) -> tuple[object, ...]:
     return cell.source.name, cell.method, cell.unique_asked, cell.budget_asked
+
+
+def generation(plan: Plan, profile: Profile, device: str) -> list[Text]:
+    """What generated sources are made by, and how long what is left of it may take one worker."""
+    done, known, threads = Done(), estimate.rates(), profile.layout()[1]
+    lines = []
+    supplies = {supply.name: supply for source in plan.sources for supply in source.supplies}
+    for supply in supplies.values():
+        for kind, unit in (("train-generator", "samples"), ("sample", "images")):
+            tasks = [task for task in supply.tasks if task.kind == kind]
+            if not tasks:
+                continue
+            left = [task for task in tasks if task not in done]
+            seconds = [estimate.seconds(task, known, device, threads) for task in left]
+            time = Cost(sum(filter(None, seconds)), unknown=None in seconds).words if left else "done"
+            amount = sum(estimate.units(task) for task in tasks)
+            parts = f" in {len(tasks)} tasks" if len(tasks) > 1 else ""
+            lines.append(Text(f"{kind} {supply.name}: {amount:,} {unit}{parts}, {time}"))
+    return lines
 
 
 def _totals(plan: Plan, done: Done) -> list[Text]:

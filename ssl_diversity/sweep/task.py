@@ -16,7 +16,8 @@ NUMERICS: dict[
 ] = {  # raised when the results of a kind change: old results are then never taken for new ones
     "prepare": 2,
     "train-generator": 2,
-    "generate": 1,
+    "sample": 1,
+    "generate": 2,
     "pretrain": 2,
     "probe": [2, features.NUMERICS],
     "distance": distance.NUMERICS,
@@ -24,8 +25,9 @@ NUMERICS: dict[
 
 FUNCTIONS = {  # (spec, out, runtime) -> result; imported only where a task is run
     "prepare": "ssl_diversity.sweep.work:prepare_pool",
-    "train-generator": "ssl_diversity.generation.task:train_generator",
-    "generate": "ssl_diversity.generation.task:generate",
+    "train-generator": "ssl_diversity.generation.training:train_generator",
+    "sample": "ssl_diversity.generation.chunks:sample",
+    "generate": "ssl_diversity.generation.assembly:generate",
     "pretrain": "ssl_diversity.train:pretrain",
     "probe": "ssl_diversity.evaluation.task:probe",
     "distance": "ssl_diversity.distance.task:distance",

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,18 @@ def pool(tree: Tree, as_tar: Callable[..., Path]) -> Pool:
     return prepare(recipes.resolve(str(as_tar(tree)), {"size": 6, "name": "flowers", "shard_bytes": 30_000}))
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 40))
-@settings(max_examples=100, deadline=None)
-def test_rows_are_nested_and_wrap(small: int, large: int, replicate: int) -> None:
+@given(st.integers(1, 100), st.integers(1, 100), st.integers(1, 60), st.integers(0, 40))
+@settings(max_examples=200, deadline=None)
+def test_rows_are_nested_and_wrap_within_the_ring(small: int, large: int, ring: int, replicate: int) -> None:
     small, large = sorted((small, large))
-    start = int(replicate * 1.618033988749895 % 1.0 * 60)
-    a, b = Rows(start, small, 60), Rows(start, large, 60)
-    assert b.numbers()[:small].tolist() == a.numbers().tolist() == [(start + i) % 60 for i in range(small)]
-    assert np.concatenate([np.arange(60)[chunk] for chunk in b.chunks()]).tolist() == b.numbers().tolist()
+    start = int(replicate * 1.618033988749895 % 1.0 * ring)
+    a, b = Rows(start, small, ring), Rows(start, large, ring)
+    numbers = b.numbers().tolist()
+    assert numbers == [(start + i) % ring if i < ring else i for i in range(large)]
+    assert numbers[:small] == a.numbers().tolist()
+    assert np.concatenate([np.arange(100)[chunk] for chunk in b.chunks()]).tolist() == numbers
+    assert len(b.spans) == 1 + sum(y != x + 1 for x, y in pairwise(numbers))
+    assert np.flatnonzero(b.holds(np.arange(100))).tolist() == sorted(numbers)
 
 
 def test_rows_of_a_pool(pool: Pool) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grown_pool import grow
 
 from ssl_diversity.data import recipes
 from ssl_diversity.data.pool import Pool, Rows
@@ -22,15 +23,18 @@ def pools(tree: Tree, as_tar: Callable[..., Path]) -> list[Pool]:
     ]
 
 
-@pytest.fixture(params=["prefix", "wrapped", "mixed", "all of it, from the middle"])
-def subset(request: pytest.FixtureRequest, pools: list[Pool]) -> Subset:
+@pytest.fixture(params=["prefix", "wrapped", "mixed", "all of it, from the middle", "of a pool that grew"])
+def subset(request: pytest.FixtureRequest, pools: list[Pool], tmp_path: Path) -> Subset:
     a, b = pools
+    grow(tmp_path / "grown", 20)
+    grown = grow(tmp_path / "grown", 45)
     wrapped = (a, Rows(a.size - 7, 30, a.size))
     return {
         "prefix": Subset(((a, a.rows(40)),)),
         "wrapped": Subset((wrapped,)),
         "mixed": Subset(((b, b.rows(33, 1)), wrapped, (b, b.rows(5)))),
         "all of it, from the middle": Subset(((a, a.rows(a.size, 1)),)),
+        "of a pool that grew": Subset(((grown, grown.rows(41, 1)), (grown, grown.rows(40)))),
     }[request.param]
 
 

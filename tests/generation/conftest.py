@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import tiny_pipelines
 
 from ssl_diversity import files
 from ssl_diversity.data.pool import Pool
@@ -40,7 +40,8 @@ def real() -> Pool:
 def recipe() -> Callable[..., GeneratedRecipe]:
     def make(**changes: Any) -> GeneratedRecipe:
         values = {"source": "generated", "name": "made", "base": "real", "generator": GENERATOR, "n": 10}
-        return from_recipe({**values, "sampling": {"steps": 3, "block": 4}}, changes)
+        sampling = {"scheduler": "ddim", "steps": 3, "block": 4}
+        return from_recipe({**values, "sampling": sampling}, changes)
 
     return make
 
@@ -48,26 +49,10 @@ def recipe() -> Callable[..., GeneratedRecipe]:
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
     """Saves a pipeline of random weights, as anybody's, and gives its folder."""
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    def save(kind: str = "ddpm", channels: int = 3, size: Any = 8) -> Path:
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=size,
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            norm_num_groups=4,
-            add_attention=False,
-        )
-        folder = tmp_path / f"pipeline-{kind}-{channels}"
-        if kind == "ddpm":
-            DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
-        else:
-            DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=20)).save_pretrained(folder)
+    def save(kind: str = "ddpm", *args: Any, **options: Any) -> Path:
+        folder = tmp_path / f"pipeline-{kind}-{len(list(tmp_path.glob('pipeline-*')))}"
+        tiny_pipelines.KINDS[kind](folder, *args, **options)
         return folder
 
     return save

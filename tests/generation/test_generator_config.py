@@ -1,6 +1,7 @@
 """Recipes and specs: what is identity, what is refused, and that planning needs no torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from ssl_diversity.data import recipes
 from ssl_diversity.errors import UserError
 from ssl_diversity.files import digest
-from ssl_diversity.generation.config import folder_digest, from_recipe, pipeline_class
+from ssl_diversity.generation.config import from_recipe
+from ssl_diversity.generation.sampling import folder_digest, pipeline_class, task_folder
 
 ENCODING = {"size": 8, "filter": "bicubic", "codec": "png", "quality": 95}
 
@@ -54,21 +56,98 @@ def test_fewer_samples_than_images(real, recipe):
 
 
 def test_generate_identity(recipe, saved):
-    one = recipe().generate_spec(**ENCODING, trained=("aa11", 24))
+    def spec(encoding=ENCODING, key="aa11", **changes):
+        return recipe(**changes).generate_spec(**encoding, trained=(key, 24))
+
+    one = spec()
     assert one.pipeline == "task:aa11"
     assert one.real_images == 24
-    assert one.pipeline_folder.parts[-4:] == ("train-generator", "aa", "aa11", "pipeline")
+    assert task_folder(one.pipeline).parts[-4:] == ("train-generator", "aa", "aa11", "pipeline")
     others = [
-        recipe().generate_spec(**ENCODING, trained=("bb11", 24)),
-        recipe(n=11).generate_spec(**ENCODING, trained=("aa11", 24)),
-        recipe(seed=1).generate_spec(**ENCODING, trained=("aa11", 24)),
-        recipe(sampling={"block": 5}).generate_spec(**ENCODING, trained=("aa11", 24)),
-        recipe().generate_spec(**{**ENCODING, "size": 16}, trained=("aa11", 24)),
+        spec(key="bb11"),
+        spec(seed=1),
+        spec(sampling={"block": 5}),
+        spec(sampling={"scheduler": None}),
+        spec(sampling={"guidance": 2.0}),
+        spec(classes=["wren", "owl"]),
+        spec(classes=["wren", "owl"], weights=[1, 2]),
+        spec(filters=["blank"]),
+        spec(near_duplicates=True),
+        spec({**ENCODING, "size": 16}),
     ]
-    assert len({digest(spec.identity()) for spec in (one, *others)}) == 6
-    assert len({spec.directory for spec in (one, *others)}) == 6
-    patient = recipe(sampling={"oversample": 9}).generate_spec(**ENCODING, trained=("aa11", 24))
-    assert patient.identity() == one.identity()
+    assert len({digest(each.identity()) for each in (one, *others)}) == len(others) + 1
+    assert len({each.directory for each in (one, *others)}) == len(others) + 1
+    same = spec(origin="here", sampling={"oversample": 9, "chunk": 8, "offload": "model"})
+    assert same.identity() == one.identity()
+    longer = spec(n=11)  # another task, the same pool
+    assert longer.identity() != one.identity()
+    assert longer.directory == one.directory
+
+
+def test_chunks_cover_what_n_images_need(recipe):
+    """Each block once, in order; those of a longer pool are the same but for the last."""
+    made = recipe(sampling={"chunk": 12})
+    spec = made.generate_spec(**ENCODING, trained=("aa11", 24))
+    for n in (1, 4, 5, 12, 13, 50):
+        tasks = spec.model_copy(update={"n": n}).samples()
+        blocks = [b for task in tasks for b in range(task.first_block, task.first_block + task.blocks)]
+        assert blocks == list(range(-(-n // 4)))
+        assert all(task.blocks == 3 for task in tasks[:-1])
+        more = spec.model_copy(update={"n": n + 100}).samples()
+        assert tasks[:-1] == more[: len(tasks) - 1]
+    assert recipe(sampling={"block": 100}).sampling.chunk_blocks == 11
+    assert recipe(sampling={"block": 2000}).sampling.chunk_blocks == 1
+    renamed = spec.model_copy(update={"name": "other", "n": 50, "filters": ()}).samples()
+    assert [t.identity() for t in renamed] == [
+        t.identity() for t in spec.model_copy(update={"n": 50}).samples()
+    ]
+
+
+def test_what_images_are_made_of(recipe, tmp_path):
+    path = tmp_path / "birds.txt"
+    path.write_text("wren\n\n barn owl \nrook\n")
+    listed = recipe(classes=["wren", "barn owl", "rook"]).conditions()
+    assert recipe(classes=str(path)).conditions() == listed
+    assert recipe(classes="a pool").conditions(["wren", "barn owl", "rook"]) == listed
+    weighed = recipe(classes=str(path), weights={"rook": 2, "wren": 1})
+    assert weighed.conditions().weights == (1, 0, 2)
+    assert recipe(classes=str(path), weights=[1, 0, 2]).conditions() == weighed.conditions()
+    with pytest.raises(UserError, match="weights: no class 'rok'; did you mean 'rook'"):
+        recipe(classes=str(path), weights={"rok": 2}).conditions()
+    with pytest.raises(UserError, match="classes=nowhere: no such text file; give a list"):
+        recipe(classes="nowhere").conditions()
+    with pytest.raises(UserError, match="set 'made': templates: 'clouds' does not name the class"):
+        recipe(classes=["a"], templates=["clouds"]).conditions()
+
+
+def test_pipelines_of_the_hub(recipe, saved, monkeypatch):
+    """By the commit alone, so that planning needs no network; a folder of that name comes first."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    spec = recipe(pipeline="owner/tiny-ddpm", revision=commit).generate_spec(**ENCODING)
+    assert spec.pipeline == f"hub:owner/tiny-ddpm@{commit}"
+    assert spec.pipeline_digest == f"owner/tiny-ddpm@{commit}"
+    for revision in (None, "main", commit[:7]):
+        with pytest.raises(UserError, match="say which commit") as error:
+            recipe(pipeline="owner/tiny-ddpm", revision=revision).generate_spec(**ENCODING)
+        assert "https://huggingface.co/owner/tiny-ddpm/commits" in str(error.value)
+    folder = saved()
+    monkeypatch.chdir(folder.parent.parent)
+    near = f"{folder.parent.name}/{folder.name}"
+    assert recipe(pipeline=near).generate_spec(**ENCODING).pipeline == str(folder)
+
+
+def test_a_folder_that_changes(saved):
+    """Its digest is kept, and never that of other files."""
+    folder = saved()
+    first = folder_digest(folder)
+    assert folder_digest(folder) == first
+    weights = next((folder / "unet").glob("*.safetensors"))
+    stat = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as old and as long as before
+    assert folder_digest(folder) != first
 
 
 def test_a_folder_is_what_it_holds(recipe, saved):
@@ -90,7 +169,9 @@ def test_a_folder_is_what_it_holds(recipe, saved):
         ({"generator": {"image_size": 5}}, "cannot be halved"),
         ({"generator": {"widths": [6, 8]}}, "not a multiple of groups"),
         ({"generator": {"learning_rate": 1}}, "unknown key 'generator.learning_rate'"),
-        ({"sampling": {"scheduler": "euler"}}, "sampling.scheduler"),
+        ({"sampling": {"scheduler": "EulerDiscreteSchedular"}}, "did you mean 'EulerDiscreteScheduler'"),
+        ({"sampling": {"chunk": 10}}, "chunk=10 is not a multiple of block=4; say chunk=8"),
+        ({"filters": ["ugly"]}, "filters.0"),
         ({"n": 0}, "n:"),
     ],
 )
@@ -112,8 +193,9 @@ def test_folders_that_are_no_such_pipeline(tmp_path, saved):
         pipeline_class(tmp_path / "nowhere")
     folder = saved()
     assert pipeline_class(folder) == "DDPMPipeline"
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(UserError, match="a StableDiffusionPipeline cannot be sampled"):
+    custom = {"_class_name": ["my_pipeline", "MyPipeline"]}
+    (folder / "model_index.json").write_text(json.dumps(custom))
+    with pytest.raises(UserError, match="brings code of its own"):
         pipeline_class(folder)
     (folder / "model_index.json").write_text("nonsense")
     with pytest.raises(UserError, match="not a diffusers model index"):

@@ -48,7 +48,8 @@ def make_records(
                         at = {
                             "cell": f"{method}{i}{n:06d}{s}".rjust(32, "0"), "method": method, "backbone": "conv",
                             "recipe": "quick", "source": source, "source_kind": kind, "pool_digest": "ab" * 16,
-                            "source_real_images": 1437, "unique_samples": n, "budget": 4096, "budget_asked": "4096",
+                            "source_real_images": 1437,
+                            "source_cost_flops": 2.5e11 * (kind == "generated"), "unique_samples": n, "budget": 4096, "budget_asked": "4096",
                             "batch_size": 64, "seed": s, "replicate": s, "overlap": 0.1, "precision": "bf16-mixed",
                             "leaked": 0, "leaked_near": 0, "extractor": "random-resnet", "distance_n": 1024, "frechet": frechet[source],
                             "frechet_floor": 0.19, "visual_dna": frechet[source] / 100, "visual_dna_floor": 0.01,

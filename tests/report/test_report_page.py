@@ -87,6 +87,7 @@ def test_it_answers_with_interval_and_counts_and_names_what_went_wrong(page: Pat
     assert "RuntimeError: &lt;boom&gt; &amp; more" in text  # a message is text, not markup
     assert "source textures is not prepared yet" in text
     assert "The generator behind generated-digits saw 1,437 real images." in text
+    assert "took 2.5 × 10¹¹ FLOPs: 0.25 times what pretraining a cell on them took" in text
     assert "digits, at the largest N: " in text
     assert "ssl-diversity sweep toy budget=4096" in text
 

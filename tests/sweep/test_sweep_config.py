@@ -298,6 +298,11 @@ def test_two_sets_cannot_share_a_name() -> None:
         config.add_downstream(sweep, "photo_patches", {"name": "digits"})
 
 
+def test_a_sweep_wants_a_downstream_set() -> None:
+    with pytest.raises(UserError, match="name at least one labelled set"):
+        config.load("quickstart", ["downstream=[]"])
+
+
 def test_one_cell_is_named_in_the_singular() -> None:
     sweep = config.load(
         "quickstart", config.one_cell(["method=mae", "source=digits", "unique_samples=64", "seed=3"])

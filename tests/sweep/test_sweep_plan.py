@@ -224,9 +224,11 @@ def test_a_generated_source_is_a_chain_that_unfolds() -> None:
     plan = prepared(sweep)
     kinds = [task.kind for task in plan.tasks]
     assert kinds.count("train-generator") == kinds.count("generate") == 1
+    assert kinds.count("sample") == 2  # 1,536 images, 1,024 at a time
     assert kinds.count("prepare") == 4  # the source, the generator's own, and downstream train and test
     generate = next(task for task in plan.tasks if task.kind == "generate")
-    assert generate.needs[0].kind == "train-generator"
+    assert {need.kind for need in generate.needs} == {"sample"}
+    assert {need.kind for task in generate.needs for need in task.needs} == {"train-generator"}
     assert "source generated-digits is not prepared yet" in plan.waiting
     assert not any(task.kind == "distance" and "generated" in task.label for task in plan.tasks)
 
