@@ -284,7 +284,7 @@ def generate(
         waiting = [reason for reason in planned.waiting if planned.sources[0].name in reason]
         return out.print("; ".join(waiting) or f"pool: {planned.sources[0].pool.path}")  # type: ignore[union-attr]
     if verify:
-        raise typer.Exit(_verify_generated(expand(asked).sources[0].pool, name, verify, where))
+        raise typer.Exit(_verify_generated(expand(asked).sources[0].supplies[0], verify, where))
     code = launch.run(asked, where, skip=launch.EVALUATION | {"pretrain"}, console=out, with_report=False)
     pool = expand(asked).sources[0].pool
     if pool is not None:
@@ -292,16 +292,16 @@ def generate(
     raise typer.Exit(code)
 
 
-def _verify_generated(pool: Any, name: str, count: int, where: Any) -> int:
+def _verify_generated(supply: Any, count: int, where: Any) -> int:
     """The exit status: 1 where an image came out differently."""
     from ssl_diversity.generation.assembly import verify
     from ssl_diversity.sweep.launch import device_of
 
-    if pool is None:
-        raise UserError(f"{name}: not made yet; run the same command without --verify first")
-    with progress_bar(f"verify {pool.name}") as bar:
+    if supply.pool is None:
+        raise UserError(f"{supply.name}: not made yet; run the same command without --verify first")
+    with progress_bar(f"verify {supply.name}") as bar:
         runtime = Runtime(device_of(where), where.layout()[1], progress=bar, note=bar.note)
-        found = verify(pool, count, runtime)
+        found = verify(supply.tasks[-1].spec, count, runtime)
     out.print(mapping(found))
     return 0 if found["equal"] == found["images"] else 1
 

@@ -50,9 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary.chmod(0o666 & ~_UMASK)
     try:
         yield temporary
-        _fsync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _fsync(path.parent)
+        sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error) and not isinstance(error, UserError):
@@ -103,7 +103,8 @@ def content_digest(file: Any) -> str:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What a file holds, or what was moved into a folder, outlasts a power cut from here on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

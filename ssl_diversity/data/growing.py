@@ -7,7 +7,6 @@ shorter one, whose columns may be longer than its pool.json says, which readers 
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -150,22 +149,13 @@ def _settle(path: Path) -> None:
         for folder in ("shards", "index"):
             for file in sorted((growth / folder).iterdir()):
                 file.replace(path / folder / file.name)
-            _sync(path / folder)
+            files.sync(path / folder)
         if (growth / "dropped.jsonl").exists():
             (growth / "dropped.jsonl").replace(path / "dropped.jsonl")
-        _sync(path)
+        files.sync(path)
         (growth / "pool.json").replace(path / "pool.json")
-        _sync(path)
+        files.sync(path)
     shutil.rmtree(growth, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """What was moved into a folder outlasts a power cut from here on."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check(pool: Pool, fields: PoolFields, near_duplicates: bool) -> None:

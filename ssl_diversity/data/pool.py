@@ -248,14 +248,17 @@ class Pool:
             if size_bytes != shard.bytes:
                 raise UserError(f"shard {path} has {size_bytes} bytes instead of {shard.bytes}: {AGAIN}")
 
-    def rows(self, n: int, replicate: int = 0) -> Rows:
-        """Draw number `replicate` of `n` unique rows; draws of one replicate are nested in n."""
+    def rows(self, n: int, replicate: int = 0, *, first: int | None = None) -> Rows:
+        """Draw number `replicate` of `n` unique rows; draws of one replicate are nested in n.
+
+        They wrap within the pool's first size, or within its `first` rows where that is less.
+        """
         if not 0 < n <= self.size:
             raise UserError(
                 f"unique_samples={n}: pool {self.name!r} has {self.size} images; ask for 1 to {self.size}"
             )
-        start = int(replicate * _GOLDEN % 1.0 * self.info.first_size)
-        return Rows(start, n, self.info.first_size)
+        ring = min(self.info.first_size, first or self.info.first_size)
+        return Rows(int(replicate * _GOLDEN % 1.0 * ring), n, ring)
 
     def chained(self, rows: slice) -> bytes:
         """What the shards' chained digests are of: content hash and label (little-endian int32) of each row."""

@@ -33,11 +33,12 @@ class Piece(NamedTuple):
 class PartSpec(Config):
     """Rows of a pool as a task is told of them: where they are. What they are is `Subset.digest`."""
 
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"pool", "rows_start", "rows_count"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"pool", "rows_start", "rows_count", "rows_ring"})
 
     pool: str  # directory name under `pools_dir()`, or a path
     rows_start: int = Field(ge=0)
     rows_count: int = Field(ge=1)
+    rows_ring: int | None = Field(None, ge=1)  # rows that the draw wraps in; None: the pool's first size
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,17 @@ class Subset:
         `what` says for which task ("cell").
         """
         opened = [(spec, Pool.open(spec.pool)) for spec in parts]
-        subset = cls(tuple((p, Rows(s.rows_start, s.rows_count, p.info.first_size)) for s, p in opened))
-        small = any(s.rows_count > p.size or s.rows_start >= p.info.first_size for s, p in opened)
+        rings = [spec.rows_ring or pool.info.first_size for spec, pool in opened]
+        subset = cls(
+            tuple(
+                (pool, Rows(spec.rows_start, spec.rows_count, ring))
+                for (spec, pool), ring in zip(opened, rings, strict=True)
+            )
+        )
+        small = any(
+            spec.rows_count > pool.size or not spec.rows_start < ring <= pool.info.first_size
+            for (spec, pool), ring in zip(opened, rings, strict=True)
+        )
         if small or subset.digest != digest:
             where = " or ".join(str(pool.path) for _, pool in opened)
             raise UserError(f"pool {where} has changed since this {what} was planned; plan again")
@@ -69,6 +79,7 @@ class Subset:
                 pool=pool.path.name if pool.path.parent == home else str(pool.path),
                 rows_start=rows.start,
                 rows_count=rows.count,
+                rows_ring=None if rows.ring == pool.info.first_size else rows.ring,
             )
             for pool, rows in self.parts
         )

@@ -16,8 +16,8 @@ from ssl_diversity.distance.extractors import Extractor, load_extractor
 from ssl_diversity.distance.fidelity import LEAST, NEIGHBOURS, Kid, closeness, kid, nearest, precision_recall
 from ssl_diversity.distance.frechet import frechet
 from ssl_diversity.distance.statistics import Float, Int, Statistics, merge
-from ssl_diversity.distance.task import measured_sizes, noise_images
-from ssl_diversity.errors import Interrupted, UserError
+from ssl_diversity.distance.task import measured_sizes, noise_images, progress_of
+from ssl_diversity.errors import UserError
 from ssl_diversity.files import digest
 from ssl_diversity.runtime import Runtime
 
@@ -102,7 +102,7 @@ def compare(
     network = load_extractor(extractor, image_size=size, device=runtime.device)
     floor_n, pixels_size = min(n, reference.size // 2), min(size, PIXELS_SIZE)
     wanted = max(searched, 2 * floor_n)
-    report = _progress(runtime, 2 * n + wanted + searched)
+    report = progress_of(runtime, 2 * n + wanted + searched)
     made, real = (
         Embedded.of(each, count, side, network, report)
         for each, count, side in ((pool, n, own_size), (reference, wanted, size))
@@ -238,16 +238,3 @@ def _by_pixels(images: Images, reference: Pool, searched: int, report: Report) -
     flat = images.reshape(len(images), -1)
     distance, rows = nearest(flat, blocks(), 1)
     return Neighbours(rows, distance / flat.shape[1] ** 0.5)
-
-
-def _progress(runtime: Runtime, total: int) -> Report:
-    done = 0
-
-    def report(images: int) -> None:
-        nonlocal done
-        done += images
-        runtime.progress(done, total)
-        if runtime.stop():
-            raise Interrupted(f"stopped after {done} of {total} images; what was embedded is kept")
-
-    return report

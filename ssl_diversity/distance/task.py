@@ -47,7 +47,7 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     )
     n, floor_n = spec.n, min(spec.n, reference.size // 2)
     cuts = sorted({0, floor_n, n, 2 * floor_n})
-    report = _progress(runtime, total=2 * n + cuts[-1])
+    report = progress_of(runtime, total=2 * n + cuts[-1])
     mine = merge(
         statistics(pool, rows, extractor, size=own, bins=spec.bins, report=report)
         for (pool, rows), own in zip(source.parts, sizes, strict=True)
@@ -193,7 +193,8 @@ def _check(spec: DistanceSpec, reference: Pool) -> None:
             )
 
 
-def _progress(runtime: Runtime, total: int) -> Callable[[int], None]:
+def progress_of(runtime: Runtime, total: int) -> Callable[[int], None]:
+    """To be told of so many more images; raises Interrupted when asked to stop."""
     done = 0
 
     def report(images: int) -> None:
@@ -201,7 +202,7 @@ def _progress(runtime: Runtime, total: int) -> Callable[[int], None]:
         done += images
         runtime.progress(done, total)
         if runtime.stop():
-            raise Interrupted(f"distance stopped after {done} of {total} images")
+            raise Interrupted(f"stopped after {done} of {total} images; what was embedded is kept")
 
     return report
 

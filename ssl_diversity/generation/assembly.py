@@ -1,5 +1,6 @@
 """The task that gathers a pool from the images that were made, and makes those that lack; and its check."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_diversity import files
-from ssl_diversity.config import validate
 from ssl_diversity.data import image
 from ssl_diversity.data.growing import Growing, growing
 from ssl_diversity.data.near import Described
@@ -22,7 +22,7 @@ from ssl_diversity.generation.chunks import Maker, cost, devices
 from ssl_diversity.generation.conditions import Drawn
 from ssl_diversity.generation.copies import earlier_copies
 from ssl_diversity.generation.sampling import SOURCE, TASK, GenerateSpec, task_folder
-from ssl_diversity.generation.stream import ROW, Block, Rows
+from ssl_diversity.generation.stream import ROW, Block, Gone, Rows
 from ssl_diversity.runtime import Runtime
 
 CAUSES = ("kept", "safety", "blank", "saturated", "duplicate", "duplicate_after_resize", "near_duplicate")
@@ -39,10 +39,22 @@ def generate(spec: GenerateSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     Raises UserError where the pipeline cannot be sampled or is not what was planned, where nearly all of its images
     are dropped, or where a pool that is to grow holds others than are made now; Interrupted when asked to stop.
     """
-    if spec.written:
-        return _result(Pool.open(spec.directory))
     runtime.set_threads()
-    maker = Maker(spec, runtime)
+    while not spec.written:
+        maker = Maker(spec, runtime)
+        with contextlib.suppress(
+            Gone
+        ):  # another pool has taken images that this one was about to: look again
+            _gather(spec, maker)
+    pool = Pool.open(spec.directory)
+    spec.mark.touch()
+    with contextlib.suppress(UserError):  # a pipeline that is gone: nobody needs what it made
+        Maker(spec, runtime).stream.release(pool.info.counts["read"] // spec.sampling.block)
+    return _result(pool)
+
+
+def _gather(spec: GenerateSpec, maker: Maker) -> None:
+    """Write the pool, or more of it."""
     fields: dict[str, Any] = {
         **spec.model_dump(
             include={"name", "filter", "codec", "quality", "seed", "real_images", "origin", "terms"}
@@ -52,20 +64,18 @@ def generate(spec: GenerateSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "spec": spec.pool_identity(),
         "classes": list(maker.conditions.classes),
     }
-    with growing(spec.directory, fields, near_duplicates=spec.near_duplicates, runtime=runtime) as pool:
+    with growing(spec.directory, fields, near_duplicates=spec.near_duplicates, runtime=maker.runtime) as pool:
         if pool.rows >= spec.n:
-            return _result(Pool.open(spec.directory))
+            return
         chosen = _choose(spec, maker, pool.rows)
         _check_first(spec, chosen, pool)
         _write(spec, maker, chosen, pool)
         abouts = [block.about for block in maker.stream.blocks(range(chosen.blocks))]
-        grown = pool.finish(
+        pool.finish(
             chosen.counts,
             source_digest=hashlib.blake2b(chosen.rows["content"].tobytes(), digest_size=16).hexdigest(),
             provenance=_provenance(spec, maker, abouts),
         )
-    maker.stream.release(len(chosen.rows) // spec.sampling.block)
-    return _result(grown)
 
 
 @dataclass
@@ -125,6 +135,13 @@ class Chosen:
             self.fate[left[gone]] = CAUSES.index("near_duplicate")
             self.first[left[gone]] = left[self.copies[gone]]
 
+    def stays(self, number: int) -> int:
+        """The kept image that image `number` is a copy of, maybe by way of others; -1 where it is dropped for itself."""
+        first = int(self.first[number])
+        while first >= 0 and self.fate[first] != 0:
+            first = int(self.first[first])
+        return first
+
     def cut(self, n: int) -> None:
         """Forget what comes after the n-th row that is kept."""
         end = int(self.kept[n - 1]) + 1
@@ -142,7 +159,7 @@ def _choose(spec: GenerateSpec, maker: Maker, there: int) -> Chosen:
         if not more:
             raise _exhausted(spec, chosen)
         missing = [number for number in more if number not in stream]
-        maker.make(missing, more.stop - len(missing), math.ceil(spec.n / size))
+        maker.make(missing, more.stop - len(missing), max(more.stop, math.ceil(spec.n / size)))
         chosen.add(stream.blocks(more, near=spec.near_duplicates))
         chosen.judge(spec, maker.runtime)
     chosen.cut(spec.n)
@@ -176,7 +193,8 @@ def _check_first(spec: GenerateSpec, chosen: Chosen, pool: Growing) -> None:
 
 def _write(spec: GenerateSpec, maker: Maker, chosen: Chosen, pool: Growing) -> None:
     for i in np.flatnonzero(chosen.fate).tolist():
-        kept = {} if chosen.first[i] < 0 else {"kept": int(chosen.first[i])}
+        first = chosen.stays(i)
+        kept = {} if first < 0 else {"kept": first}
         pool.drop(CAUSES[chosen.fate[i]], i, seed=int(chosen.rows["seed"][i]), **kept)
     size, new = spec.sampling.block, chosen.kept[pool.rows :]
     numbers, starts = np.unique(new // size, return_index=True)
@@ -259,24 +277,18 @@ def _result(pool: Pool) -> dict[str, Any]:
     }
 
 
-def verify(pool: Pool, count: int, runtime: Runtime) -> dict[str, Any]:
-    """Make the blocks of `count` random images of a generated pool again, and compare.
+def verify(spec: GenerateSpec, count: int, runtime: Runtime) -> dict[str, Any]:
+    """Make the blocks of `count` random images of the pool of `spec` again, and compare.
 
     `images` were compared, `equal` are the same pixel for pixel as the model gives them; `greatest_difference` is that
     of the others in grey levels, as the pool stores them (0 where all are equal), and `differing_rows` the first ten.
 
-    Raises UserError where the pool was not generated, or its pipeline is not what it was.
+    Raises UserError where there is no such pool, or its pipeline is not what it was.
     """
-    info = pool.info
-    if info.source != SOURCE:
-        raise UserError(
-            f"pool {pool.path.name} comes from {info.source}, it was not generated; only those can be made again"
-        )
+    pool = Pool.open(spec.directory)
     runtime.set_threads()
-    values = {**info.spec, "pipeline": info.provenance["pipeline"], "n": pool.size}
-    spec = validate(GenerateSpec, values, f"pool {pool.path.name}")
     maker = Maker(spec, runtime)
-    if maker.digest != info.provenance["pipeline_digest"]:
+    if maker.digest != pool.info.provenance["pipeline_digest"]:
         raise UserError(f"pipeline={spec.pipeline}: is not the one that pool {pool.path.name} was made with")
     draw = np.random.default_rng(int(pool.digest, 16))
     rows = np.sort(draw.choice(pool.size, min(count, pool.size), replace=False))

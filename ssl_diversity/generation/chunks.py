@@ -1,5 +1,6 @@
 """The task that makes a chunk of a pool's images, and what makes a block."""
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from ssl_diversity.generation.sampling import (
     folder_digest,
     pipeline_class,
 )
-from ssl_diversity.generation.stream import ROW, Block, Stream
+from ssl_diversity.generation.stream import ROW, Block, Gone, Stream
 from ssl_diversity.runtime import Runtime
 
 _MODEL = "model.json"
@@ -44,7 +45,9 @@ def sample(spec: SampleSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     numbers = range(spec.first_block, spec.first_block + spec.blocks)
     missing = [number for number in numbers if number not in maker.stream]
     maker.make(missing, spec.blocks - len(missing), spec.blocks)
-    maker.stream.gather(numbers)
+    with contextlib.suppress(Gone):  # a pool has taken some of them
+        maker.stream.gather(numbers)
+    maker.stream.look()
     abouts = [block.about for block in maker.stream.blocks(numbers)]
     return {
         "images": spec.images,
@@ -109,12 +112,16 @@ class Maker:
 
         While one is encoded, the next is made.
         """
+        if missing:
+            _ = self.conditions, self.sampler  # loading is no part of what a block costs
         started = time.monotonic()
         kept: Future[None] | None = None
         with ThreadPoolExecutor(1) as background:
             for i, number in enumerate(missing, 1):
                 if self.runtime.stop():
                     raise Interrupted("stopped while sampling; finished blocks are kept")
+                if self.stream.appeared(number):  # another task has it, too
+                    continue
                 with Meter(self.runtime.device) as meter:
                     made = self.pixels(number)
                 if kept is not None:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from ssl_diversity import files
 from ssl_diversity.config import Config, hint
 from ssl_diversity.data.config import NAME, Filter
+from ssl_diversity.data.pool import Pool
 from ssl_diversity.errors import UserError
 
 SOURCE = "generated"  # the `source` of a recipe that this room reads
@@ -21,6 +22,7 @@ TASK = "task:"  # a pipeline that a train-generator task of that key makes
 HUB = "hub:"  # a pipeline of the Hugging Face hub: hub:OWNER/NAME@COMMIT
 CLASS = "{class}"  # in a template: the name of the class
 SHORT = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}  # arXiv 2010.02502 (eta = 0) and 2006.11239
+NUMERICS = 1  # raised when the images of a spec change
 _CHUNK_IMAGES = 1024
 
 Positive = Annotated[int, Field(gt=0)]
@@ -122,7 +124,7 @@ class _Sampled(Config):
     def images_digest(self, pipeline_digest: str) -> str:
         """Of what determines image i, where the pipeline is what that digest says."""
         found = {name: value for name, value in self.identity().items() if name in _Sampled.model_fields}
-        return files.digest({**found, "pipeline": pipeline_digest})
+        return files.digest({**found, "pipeline": pipeline_digest, "numerics": NUMERICS})
 
 
 class SampleSpec(_Sampled):
@@ -156,7 +158,7 @@ class GenerateSpec(_Sampled):
 
     def pool_identity(self) -> dict[str, Any]:
         """Of the pool, whatever its size."""
-        found = self.identity()
+        found = {**self.identity(), "numerics": NUMERICS}
         del found["n"]
         return found
 
@@ -168,10 +170,13 @@ class GenerateSpec(_Sampled):
     @property
     def written(self) -> bool:
         """Whether the pool is there with n images or more."""
-        try:
-            return int(files.read_json(self.directory / "pool.json")["size"]) >= self.n
-        except FileNotFoundError:
-            return False
+        there = (self.directory / "pool.json").exists()
+        return there and Pool.open(self.directory).size >= self.n
+
+    @property
+    def mark(self) -> Path:
+        """An empty file in the pool that says that it has n images or more; of a pool that grew."""
+        return self.directory / f".has-{self.n}"
 
     def samples(self) -> tuple[SampleSpec, ...]:
         """The tasks whose images are enough if none is dropped, in order."""

@@ -4,9 +4,11 @@ store/images/<kk>/<digest>/FIRST-COUNT.npz    what is known of the images of blo
 store/images/<kk>/<digest>/FIRST-COUNT.bin    the images, encoded as pools keep them; gone once a pool has them
 
 Such a pair is a piece. A block is one when it is made; those of a chunk are then made into one. All who need a
-block look here first, whichever task or pool made it: no block is made twice, however work is cut.
+block look here first, whichever task or pool made it: no block is made twice, however work is cut, but for one whose images
+a pool has taken and another wants.
 """
 
+import contextlib
 import io
 import json
 import zlib
@@ -39,6 +41,10 @@ ROW = np.dtype(
 )
 NEAR = {"signature": SIGNATURE_BYTES, "thumbnail": THUMBNAIL_BYTES}
 Rows = NDArray[np.void]
+
+
+class Gone(Exception):
+    """Images that were there when somebody looked are not any more: look again."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,12 @@ class Stream:
     def __contains__(self, block: int) -> bool:
         return block in self._of
 
+    def appeared(self, block: int) -> bool:
+        """Whether it is there with its images, somebody else having made it, too."""
+        if (self.folder / f"{_Piece(True, 1, block).name}.npz").exists():
+            self.look()
+        return self.has_images(block)
+
     def has_images(self, block: int) -> bool:
         return block in self._of and self._of[block].has_images
 
@@ -122,8 +134,7 @@ class Stream:
         table: dict[str, Any] = {}
         for number in numbers:
             if piece is None or piece != self._of[number]:
-                piece = self._of[number]
-                table = self._table(piece, NEAR if near else ())
+                piece, table = self._opened(number, NEAR if near else ())
             size = len(table["rows"]) // piece.count
             part = slice((number - piece.first) * size, (number - piece.first + 1) * size)
             yield Block(
@@ -134,6 +145,17 @@ class Stream:
                 self._images(piece, table["rows"][part]) if images else None,
             )
 
+    def _opened(self, number: int, names: Iterable[str]) -> tuple[_Piece, dict[str, Any]]:
+        """The piece with a block; another one where that has been gathered into a larger meanwhile."""
+        names = tuple(names)
+        for _ in range(2):
+            piece = self._of.get(number)
+            with contextlib.suppress(FileNotFoundError):
+                if piece is not None:
+                    return piece, self._table(piece, names)
+            self.look()
+        raise Gone(f"{self.folder}: block {number} was removed meanwhile")
+
     def _table(self, piece: _Piece, names: Iterable[str]) -> dict[str, Any]:
         with np.load(self.folder / f"{piece.name}.npz") as found:
             table = {name: found[name] for name in ("rows", *names)}
@@ -141,9 +163,12 @@ class Stream:
 
     def _images(self, piece: _Piece, rows: Rows) -> tuple[bytes, ...]:
         path = self.folder / f"{piece.name}.bin"
-        with path.open("rb") as file:
-            file.seek(int(rows["offset"][0]))
-            found = tuple(file.read(length) for length in rows["length"].tolist())
+        try:
+            with path.open("rb") as file:
+                file.seek(int(rows["offset"][0]))
+                found = tuple(file.read(length) for length in rows["length"].tolist())
+        except FileNotFoundError:
+            raise Gone(f"{path}: was taken meanwhile") from None
         if [zlib.crc32(image) for image in found] != rows["crc"].tolist():
             raise UserError(f"{path}: damaged; remove it, and its images are made again")
         return found

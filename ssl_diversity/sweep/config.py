@@ -254,7 +254,7 @@ def one_source(recipe: str, options: Mapping[str, Any], image_size: int) -> Swee
         update={
             "image_size": image_size,
             "downstream": {},
-            "sources": _normal_sets({name: {**entry, **options}}),
+            "sources": _normal_sets({str(options.get("name", name)): {**entry, **options}}),
             **point,
         }
     )

@@ -31,7 +31,10 @@ def record(task: Task, result: dict[str, Any], seconds: float, device: str, thre
     """Remember what a task took. Two workers at once may lose one measurement; the next one brings it back."""
     if result.get("samples_seen"):
         seconds = result.get("train_seconds", seconds)
-    seconds /= units(task)
+    amount = result.get("made", units(task))  # of a sample task what it made itself
+    if not amount:
+        return
+    seconds /= amount
     with contextlib.suppress(OSError):
         write_json(cache_dir() / "rates.json", {**rates(), _what(task, device, threads): seconds})
 

@@ -1,5 +1,6 @@
 """A generated source: tasks that prepare and train, sample chunk by chunk, and gather a pool of what was made."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ def supply(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) ->
         train = Task("train-generator", generator, (base,), label=f"train-generator {name}")
         before, trained = (base, train), (train.key, generator.rows_count)
         classes = real.info.classes if generator.class_conditional and not recipe.classes else None
-    if isinstance(recipe.classes, str) and not Path(recipe.classes).expanduser().exists():
+    if isinstance(recipe.classes, str) and not Path(recipe.classes).expanduser().is_file():
         labelled = _labelled(sweep, recipe.classes)
         if isinstance(labelled, Task):
             return Supply(name, (*before, labelled), None, encoding)
@@ -51,8 +52,10 @@ def _labelled(sweep: SweepConfig, name: str) -> Pool | Task:
         return pool_of(task) or task
     if name in sweep.sources and mixture.MIX not in sweep.sources[name]:
         recipe, options = named_entry(sweep.sources[name], name)
-        task = prepare_task(recipes.resolve(recipe, options, defaults=sweep.defaults))
-        return pool_of(task) or task
+        with contextlib.suppress(UserError):  # a pool that is there already
+            task = prepare_task(recipes.resolve(recipe, options, defaults=sweep.defaults))
+            return pool_of(task) or task
+        name = recipe
     if (pool := given_pool(name)) is None:
         raise UserError(
             f"classes={name}: no such text file, set of this sweep or pool; give a list, a file with one class a line,"
@@ -63,16 +66,16 @@ def _labelled(sweep: SweepConfig, name: str) -> Pool | Task:
 
 def _sampled(name: str, spec: GenerateSpec, before: tuple[Task, ...], encoding: dict[str, Any]) -> Supply:
     """The chunks of n images as tasks, and the one that gathers them; a pool of fewer images grows."""
-    chunks = [Task("sample", chunk, before[-1:]) for chunk in spec.samples()]
-    chunks = [
-        Task("sample", chunk.spec, chunk.needs, label=f"sample {name}, part {i} of {len(chunks)}")
-        for i, chunk in enumerate(chunks, 1)
-    ]
-    path = spec.directory / "pool.json"
+    parts = spec.samples()
+    chunks = tuple(
+        Task("sample", part, before[-1:], label=f"sample {name}, part {i} of {len(parts)}")
+        for i, part in enumerate(parts, 1)
+    )
     pool = Pool.open(spec.directory) if spec.written else None
-    # that a pool is there does not say that it has grown: then the task's result does
-    output = None if pool is None and path.exists() else path
-    gather = Task("generate", spec, tuple(chunks), output, f"generate {name}, {spec.n:,} images")
+    # that a pool is there does not say that it has grown: then the mark of its size does
+    path = spec.directory / "pool.json"
+    output = spec.mark if pool is None and path.exists() else path
+    gather = Task("generate", spec, chunks, output, f"generate {name}, {spec.n:,} images")
     made = [*before, *chunks]
     if pool is not None:  # nothing is made again for a pool that is there
         made = [task for task in made if task.output or (task.folder / "result.json").exists()]

@@ -61,8 +61,14 @@ class Source:
     def subset(self, n: int, replicate: int = 0) -> Subset:
         """Draw number `replicate` of n images; draws of one replicate are nested in n."""
         counts = mixture.apportion(self.shares, n)
-        drawn = zip(self.pools, counts, strict=True)
-        return Subset(tuple((pool, pool.rows(count, replicate)) for pool, count in drawn if count))
+        drawn = zip(self.supplies, self.pools, counts, strict=True)
+        return Subset(
+            tuple(
+                (pool, pool.rows(count, replicate, first=supply.asked))
+                for supply, pool, count in drawn
+                if count
+            )
+        )
 
     def check(self, n: int) -> None:
         """Refuse an N that a mixture's pools cannot give, naming the pool that is too small."""
@@ -120,14 +126,18 @@ def _supply(sweep: SweepConfig, name: str, entry: Mapping[str, Any]) -> Supply:
     recipe, options = named_entry(entry, name)
     try:
         loaded = recipes.load(recipe)
-        if loaded["source"] == generation.SOURCE:
-            return generated.supply(sweep, name, generation.from_recipe(loaded, options))
-        spec = recipes.resolve(recipe, options, defaults=sweep.defaults)
+        made = loaded["source"] == generation.SOURCE
+        spec = None if made else recipes.resolve(recipe, options, defaults=sweep.defaults)
     except UserError as error:
         pool = given_pool(recipe)
         if pool is None:
             raise UserError(f"sources.{name}: {error}") from None
         return Supply(name, (), pool, pool.info.encoding)
+    if spec is None:
+        try:
+            return generated.supply(sweep, name, generation.from_recipe(loaded, options))
+        except UserError as error:
+            raise UserError(f"sources.{name}: {error}") from None
     task = prepare_task(spec)
     return Supply(name, (task,), pool_of(task), encoding_of(spec))
 

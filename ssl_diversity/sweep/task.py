@@ -10,14 +10,15 @@ from ssl_diversity import features
 from ssl_diversity.config import Config
 from ssl_diversity.distance import config as distance
 from ssl_diversity.files import digest, task_dir
+from ssl_diversity.generation import sampling
 
 NUMERICS: dict[
     str, int | list[int]
 ] = {  # raised when the results of a kind change: old results are then never taken for new ones
     "prepare": 2,
     "train-generator": 2,
-    "sample": 1,
-    "generate": 2,
+    "sample": sampling.NUMERICS,
+    "generate": [2, sampling.NUMERICS],
     "pretrain": 2,
     "probe": [2, features.NUMERICS],
     "distance": distance.NUMERICS,

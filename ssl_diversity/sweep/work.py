@@ -28,7 +28,7 @@ from ssl_diversity.sweep.task import FUNCTIONS, REPORT, Task, function
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SQUEUE_S = 20.0  # how long SLURM may take to answer
-PRODUCERS = frozenset({"prepare", "train-generator", "sample", "generate"})  # what a plan may wait for
+PRODUCERS = frozenset({"prepare", "train-generator", "generate"})  # what a plan may wait for
 PACKAGES = (
     "torch",
     "torchvision",

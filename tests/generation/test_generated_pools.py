@@ -2,15 +2,13 @@
 
 import json
 import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from generation_worker import working
 
 from ssl_diversity import files
 from ssl_diversity.data.pool import Pool
@@ -93,7 +91,7 @@ def test_every_kind_makes_a_pool_that_can_be_made_again(recipe, saved, tmp_path,
     assert pool.size == 14
     assert pool.images(np.arange(14)).shape == (14, 8, 8, 3)
     assert not list(verify_files(pool))
-    found = verify(pool, 6, Runtime())
+    found = verify(spec, 6, Runtime())
     assert found == {"images": 6, "equal": 6, "greatest_difference": 0, "differing_rows": []}
     cost = pool.info.provenance["cost"]
     assert cost["seconds"] > 0
@@ -118,21 +116,6 @@ def test_rows_know_how_to_be_made_again(recipe, saved, tmp_path):
     assert {row["pipeline_digest"] for row in rows} == {folder_digest(folder)}
     assert {(row["scheduler"], row["steps"], row["guidance"]) for row in rows} == {("DDIMScheduler", 3, 2.0)}
     assert all(row["diffusers"] for row in rows)
-
-
-def working(environment: dict[str, str], *tasks: Any) -> subprocess.Popen[bytes]:
-    """A process that works off `tasks` in turn."""
-    code = (
-        "import sys; from pathlib import Path; from ssl_diversity.runtime import Runtime\n"
-        "from ssl_diversity.generation.assembly import generate\n"
-        "from ssl_diversity.generation.chunks import sample\n"
-        "from ssl_diversity.generation.sampling import GenerateSpec, SampleSpec\n"
-        "for text in sys.argv[1:]:\n"
-        "    kind, do = (SampleSpec, sample) if 'first_block' in text else (GenerateSpec, generate)\n"
-        "    do(kind.model_validate_json(text), Path('unused'), Runtime())"
-    )
-    command = [sys.executable, "-c", code, *(task.model_dump_json() for task in tasks)]
-    return subprocess.Popen(command, env=environment)
 
 
 def test_however_the_work_is_cut(recipe, saved, tmp_path, monkeypatch, subprocess_environment):
@@ -395,52 +378,15 @@ def test_pipelines_that_changed_or_are_missing(spec, tmp_path):
 def test_verify_tells_what_differs(spec, tmp_path, paint):
     paint(noise)
     generate(spec, tmp_path, Runtime())
-    pool = Pool.open(spec.directory)
-    assert verify(pool, 100, Runtime())["equal"] == 10
+    assert verify(spec, 100, Runtime())["equal"] == 10
     paint(lambda i: noise(i) + np.uint8(i == 3))
-    found = verify(pool, 100, Runtime())
+    found = verify(spec, 100, Runtime())
     assert found == {"images": 10, "equal": 9, "greatest_difference": 1, "differing_rows": [3]}
     write = files.write_atomic
     write(spec_folder(spec) / "unet" / "config.json", "{}")
     with pytest.raises(UserError, match="changed since"):
-        verify(pool, 1, Runtime())
+        verify(spec, 1, Runtime())
 
 
 def spec_folder(spec: GenerateSpec) -> Path:
     return Path(spec.pipeline)
-
-
-def test_only_generated_pools_are_made_again(real):
-    with pytest.raises(UserError, match="comes from test, it was not generated"):
-        verify(real, 1, Runtime())
-
-
-@pytest.mark.slow
-def test_killed(recipe, saved, tmp_path, subprocess_environment, monkeypatch):
-    """kill -9 five times at random moments, in chunks, among the last blocks and while the pool is written."""
-    changes = {"pipeline": str(saved()), "n": 200, "sampling": {"steps": 20, "block": 8, "chunk": 64}}
-    spec = recipe(**changes, near_duplicates=True).generate_spec(**ENCODING)
-    delays = random.Random(0)
-    tasks = [*spec.samples(), spec]
-    for kill in range(5):
-        stream = Maker(spec, Runtime()).stream
-        process = working(subprocess_environment, *tasks)
-        count, deadline = len(stream._of) + 4, time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            stream.look()
-            if len(stream._of) > min(count, 24):
-                break
-            time.sleep(0.01)
-        time.sleep(delays.uniform(0, 0.1) if kill < 4 else 0.3)
-        process.kill()
-        process.wait()
-    for path in Maker(spec, Runtime()).stream.folder.rglob(".*"):
-        path.unlink()
-    process = working(subprocess_environment, *tasks)
-    assert process.wait() == 0
-    killed = Pool.open(spec.directory)
-    monkeypatch.setenv("SSL_DIVERSITY_HOME", str(tmp_path / "undisturbed"))
-    generate(spec, tmp_path, Runtime())
-    undisturbed = Pool.open(spec.directory)
-    assert (killed.digest, killed.info.counts) == (undisturbed.digest, undisturbed.info.counts)
-    assert [s.blake2b for s in killed.info.shards] == [s.blake2b for s in undisturbed.info.shards]
