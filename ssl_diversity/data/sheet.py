@@ -1,32 +1,34 @@
 """Looking at a pool: counts, and a contact sheet."""
 
-import io
 import math
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ssl_diversity.data import image
 from ssl_diversity.data.pool import Pool
 
 _GAP = 2  # pixels between images
-_SIDE = 96  # pixels of an image whose pool resizes none
+UNSIZED = 96  # pixels of an image whose pool resizes none
 
 
 def contact_sheet(pool: Pool, n: int = 64) -> bytes:
     """PNG of the first `n` images (a pool's order is random) in a near-square grid on white."""
-    size = pool.image_size or _SIDE
+    size = pool.image_size or UNSIZED
     images = pool.images(np.arange(min(n, pool.size)), size)
-    columns = math.ceil(math.sqrt(len(images)))
-    step = size + _GAP
+    return image.encode(grid(images, math.ceil(math.sqrt(len(images))), _GAP), "png", 0)
+
+
+def grid(images: image.Pixels, columns: int, gap: int = 0) -> image.Pixels:
+    """Images uint8 (n, s, s, channels) as one, row by row; around each a white `gap`, pixels."""
+    size, channels = images.shape[2:]
+    step = size + gap
     rows = math.ceil(len(images) / columns)
-    sheet = np.full((rows * step + _GAP, columns * step + _GAP, 3), 255, np.uint8)
+    sheet = np.full((rows * step + gap, columns * step + gap, channels), 255, np.uint8)
     for i, pixels in enumerate(images):
-        y, x = i // columns * step + _GAP, i % columns * step + _GAP
+        y, x = i // columns * step + gap, i % columns * step + gap
         sheet[y : y + size, x : x + size] = pixels
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "png")
-    return buffer.getvalue()
+    return sheet
 
 
 def inspect(pool: Pool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.pool import Pool
 from ssl_diversity.data.table import Keys, as_keys
 from ssl_diversity.distance.cache import cached
 from ssl_diversity.distance.config import NUMERICS
@@ -16,7 +16,7 @@ from ssl_diversity.distance.extractors import Extractor, load_extractor
 from ssl_diversity.distance.fidelity import LEAST, NEIGHBOURS, Kid, closeness, kid, nearest, precision_recall
 from ssl_diversity.distance.frechet import frechet
 from ssl_diversity.distance.statistics import Float, Int, Statistics, merge
-from ssl_diversity.distance.task import measured_sizes, noise_images, progress_of
+from ssl_diversity.distance.task import measured_sizes, noise_images, progress_of, stretch
 from ssl_diversity.errors import UserError
 from ssl_diversity.files import digest
 from ssl_diversity.runtime import Runtime
@@ -154,7 +154,7 @@ class Embedded:
         """Of the first `count` images of a pool, seen at `size` pixels."""
 
         def identity(start: int, stop: int) -> dict[str, Any]:
-            return {"rows": pool.rows_digest(Rows(start, stop - start, pool.size)), "image_size": size}
+            return {"rows": pool.rows_digest(stretch(pool, start, stop)), "image_size": size}
 
         return cls(lambda rows: pool.images(rows, size), identity, count, network, report)
 

@@ -54,7 +54,7 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     )
     parts = {
         cut: statistics(
-            reference, _stretch(reference, *cut), extractor, size=size, bins=spec.bins, report=report
+            reference, stretch(reference, *cut), extractor, size=size, bins=spec.bins, report=report
         )
         for cut in pairwise(cuts)
     }
@@ -75,7 +75,7 @@ def distance(spec: DistanceSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "floor_note": None,
         "vendi": vendi_of(mine.cosine),
         "effective_rank": effective_rank_of(mine.outer),
-        "shared_images": _shared(source, Subset(((reference, _stretch(reference, 0, n)),))),
+        "shared_images": _shared(source, Subset(((reference, stretch(reference, 0, n)),))),
     }
     if floor_n < n:
         result["floor_note"] = f"the reference has {reference.size} images, fewer than 2n = {2 * n}"
@@ -174,7 +174,8 @@ def _statistics(
     return found
 
 
-def _stretch(pool: Pool, start: int, stop: int) -> Rows:
+def stretch(pool: Pool, start: int, stop: int) -> Rows:
+    """Rows `start` to `stop` of a pool, whatever its draws wrap in."""
     return Rows(start, stop - start, pool.size)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_diversity import files, randomness
+from ssl_diversity.data import image
+from ssl_diversity.data.sheet import grid
 from ssl_diversity.generation.training import Generator
 from ssl_diversity.methods.schedules import warmup_cosine
 
@@ -176,15 +176,9 @@ def shrink(images: Tensor, spec: Generator) -> Tensor:
 
 def picture(images: NDArray[np.uint8]) -> bytes:
     """PNG of uint8 (rows * columns of `_GRID`, s, s, channels), small ones magnified, row by row."""
-    rows, columns = _GRID
-    size = images.shape[1]
-    grid = (
-        images.reshape(rows, columns, size, size, -1).swapaxes(1, 2).reshape(rows * size, columns * size, -1)
-    )
-    times = max(1, _TILE // size)
-    buffer = io.BytesIO()
-    Image.fromarray(grid.repeat(times, 0).repeat(times, 1).squeeze()).save(buffer, "png")
-    return buffer.getvalue()
+    times = max(1, _TILE // images.shape[1])
+    magnified = images.repeat(times, 1).repeat(times, 2)
+    return image.encode(grid(magnified, _GRID[1]).squeeze(), "png", 0)
 
 
 def training_flops(spec: Generator, classes: int = 0) -> int:

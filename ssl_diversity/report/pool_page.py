@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssl_diversity.data.pool import Pool
+from ssl_diversity.data.sheet import UNSIZED
 from ssl_diversity.files import write_atomic
 from ssl_diversity.report import figures
 from ssl_diversity.report.tables import Cell, Table
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 SAMPLES, WITH_NEIGHBOURS = 64, 16
 LARGEST = 160  # px of an image on the page
 SMALL = 64  # px up to which an image is shown with its pixels apart, and as PNG
-UNSIZED = 96  # px at which images of a pool that resizes none are shown
 DROPPED = {
     "undecodable": "could not be decoded",
     "duplicate": "the same as an earlier image",
