@@ -11,6 +11,7 @@ a pool has taken and another wants.
 import contextlib
 import io
 import json
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ ROW = np.dtype(
 )
 NEAR = {"signature": SIGNATURE_BYTES, "thumbnail": THUMBNAIL_BYTES}
 Rows = NDArray[np.void]
+_TRIES, _WAIT_S = 10, 0.05
 
 
 class Gone(Exception):
@@ -133,7 +135,7 @@ class Stream:
         piece: _Piece | None = None
         table: dict[str, Any] = {}
         for number in numbers:
-            if piece is None or piece != self._of[number]:
+            if piece is None or piece != self._of.get(number):
                 piece, table = self._opened(number, NEAR if near else ())
             size = len(table["rows"]) // piece.count
             part = slice((number - piece.first) * size, (number - piece.first + 1) * size)
@@ -148,11 +150,12 @@ class Stream:
     def _opened(self, number: int, names: Iterable[str]) -> tuple[_Piece, dict[str, Any]]:
         """The piece with a block; another one where that has been gathered into a larger meanwhile."""
         names = tuple(names)
-        for _ in range(2):
+        for tries in range(_TRIES):  # while another process puts pieces together, a block may be in none
             piece = self._of.get(number)
             with contextlib.suppress(FileNotFoundError):
                 if piece is not None:
                     return piece, self._table(piece, names)
+            time.sleep(_WAIT_S * tries)
             self.look()
         raise Gone(f"{self.folder}: block {number} was removed meanwhile")
 
@@ -175,6 +178,7 @@ class Stream:
 
     def gather(self, numbers: range) -> None:
         """Make one piece of consecutive blocks that all are there with their images, and drop what it is made of."""
+        self.look()
         inside = [p for p in self._pieces if p.first in numbers and p.first + p.count <= numbers.stop]
         if (
             len(inside) < 2

@@ -43,3 +43,17 @@ def test_killed(recipe, saved, tmp_path, subprocess_environment, monkeypatch):
     undisturbed = Pool.open(spec.directory)
     assert (killed.digest, killed.info.counts) == (undisturbed.digest, undisturbed.info.counts)
     assert [s.blake2b for s in killed.info.shards] == [s.blake2b for s in undisturbed.info.shards]
+
+
+def test_two_pools_of_the_same_images_at_once(recipe, saved, subprocess_environment):
+    """Two processes that work off everything, in the same order: they share images, put them together and take them."""
+    changes = {"pipeline": str(saved()), "n": 200, "sampling": {"steps": 2, "block": 10, "chunk": 50}}
+    specs = [
+        recipe(**changes, name=name, filters=[name]).generate_spec(**ENCODING)
+        for name in ("blank", "saturated")
+    ]
+    processes = [working(subprocess_environment, *spec.samples(), spec) for spec in specs]
+    assert [process.wait() for process in processes] == [0, 0]
+    one, other = (Pool.open(spec.directory) for spec in specs)
+    assert one.size == 200
+    assert (one.content == other.content).all()
