@@ -1,6 +1,7 @@
 # Everything runs in .venv, made on first use from requirements.lock.
 #   make sweep BUDGET=16384                       the main job; SWEEP=cifar10 PROFILE=slurm ARGS='seeds=5' vary it
 #   make probe SWEEP=quickstart DOWNSTREAM=~/pets add a labelled folder to a finished sweep
+#   make slurm-up | slurm-status | slurm-down     a SLURM cluster on this machine (root), for PROFILE=slurm-dev
 #   make test | make test-slow | make lint        the checks that CI runs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -15,7 +16,7 @@ READY := .venv/.ready
 RUN := $(BIN)/ssl-diversity
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup sweep plan probe status report test test-slow lint bench clean
+.PHONY: setup sweep plan probe status report slurm-up slurm-down slurm-status test test-slow lint bench clean
 
 setup: $(READY)
 
@@ -43,6 +44,9 @@ status: $(READY)
 
 report: $(READY)
 	@$(RUN) report $(SWEEP) $(ARGS)
+
+slurm-up slurm-down slurm-status:
+	@launch/slurm_dev.sh $(@:slurm-%=%)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
