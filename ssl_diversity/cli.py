@@ -5,15 +5,13 @@ import importlib
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.live import Live
 
-from ssl_diversity import cli_data, files
+from ssl_diversity import cli_data, cli_launch, files
 from ssl_diversity.cli_data import mapping, out, progress_bar
 from ssl_diversity.config import parse_overrides, validate
 from ssl_diversity.errors import UserError
@@ -28,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.store, name="store")
+cli_launch.register(app)
 
 Overrides = Annotated[
     list[str] | None,
@@ -88,9 +87,9 @@ def plan(
     where = load_profile(profile)
     asked = config.load(*_named(sweep, overrides))
     store.open_store()
-    expand(asked)  # whatever is wrong shows before anything is counted
-    flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr))
-    planned = expand(asked)
+    planned = expand(asked)  # whatever is wrong shows before anything is counted
+    if flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr)):
+        planned = expand(asked)
     launch.check_cache(planned, where)
     out.print(table.render(planned, where, launch.device_of(where)))
 
@@ -124,41 +123,34 @@ def status(
     sweep: SweepName = "quickstart",
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until the sweep is over.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-    profile: ProfileName = "local",
 ) -> None:
-    """How far a sweep is: tasks done, running and failed, samples per second, time left.
+    """How far a sweep is: tasks done, running and failed, workers lost, samples per second, time left.
+
+    With --watch, from any machine that sees the store; on a cluster it also sends the workers that are missing.
 
     ssl-diversity status quickstart --watch
     """
-    from ssl_diversity.sweep import config, launch, store
+    from ssl_diversity.sweep import config, store
     from ssl_diversity.sweep import status as reader
     from ssl_diversity.sweep.plan import expand
-    from ssl_diversity.sweep.profile import load_profile
 
-    where = load_profile(profile)
-    threads, device = where.layout()[1], launch.device_of(where)
     store.open_store()
     asked = config.latest(sweep)
+    if watch:
+        from ssl_diversity.sweep import launch
+
+        launch.join(asked, out)
     current = expand(asked)
     now = reader.snapshot(current)
     if as_json:
-        print(json.dumps(reader.as_record(now)))
+        print(json.dumps(reader.as_record(now, reader.lost(current))))
         return
-    if watch:
-        meter = reader.Meter()
-        with Live(console=out, auto_refresh=False, transient=True) as live:
-            while not (now.over and not now.running):
-                remaining = reader.seconds_left(current, now, len(now.running), device, threads)
-                live.update(reader.render(asked.name, now, meter.rate(now.samples), remaining), refresh=True)
-                time.sleep(1.0)
-                current = expand(asked)
-                now = reader.snapshot(current)
     out.print(f"{asked.name}: {now.words}")
     for running in now.running:
         out.print(
             f"running: {running.label}" + (f" {running.done / running.total:.0%}" if running.total else "")
         )
-    out.print(reader.details(now))
+    out.print(reader.details(now, reader.lost(current)))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent  # holds configs/, datasets/
 
 def home() -> Path:
     """The folder that holds `runs/`, `store/` and `pools/`: `SSL_DIVERSITY_HOME`, else the current folder."""
-    return Path(os.environ.get("SSL_DIVERSITY_HOME") or ".").expanduser().resolve()
+    text = os.environ.get("SSL_DIVERSITY_HOME") or "."
+    return _absolute(text) if os.path.isabs(text) else Path(text).expanduser().resolve()
+
+
+@functools.cache
+def _absolute(text: str) -> Path:
+    return Path(text).resolve()
 
 
 def pools_dir() -> Path:
@@ -93,9 +100,18 @@ def read_json(path: Path) -> Any:
 
 
 def digest(value: Any) -> str:
-    """128-bit hex digest of any JSON value (canonical form: sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    """128-bit hex digest of any JSON value, in canonical form."""
+    return bytes_digest(canonical(value).encode())
+
+
+def canonical(value: Any) -> str:
+    """The one text of a JSON value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def bytes_digest(data: bytes) -> str:
+    """128-bit hex digest of some bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def content_digest(file: Any) -> str:

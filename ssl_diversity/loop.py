@@ -18,21 +18,28 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from ssl_diversity.collectives import normalize_globally
 from ssl_diversity.data.batches import Batches, Reader
-from ssl_diversity.data.order import Order
+from ssl_diversity.data.order import Order, slots
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.files import replacing
+from ssl_diversity.ranks import Group, Ranks
 from ssl_diversity.runtime import Runtime
 
 HISTORY_POINTS = 64  # losses kept per run, evenly spaced in samples seen
+FILE_SEEN_S = 120.0  # in which a file of one node must be seen by the others
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a finished run cost. `history` holds [samples seen, loss] pairs; seconds are training alone."""
+    """What a finished run cost. `history` holds [samples seen, loss] pairs; seconds are training alone.
+
+    Peak memory is the most that any rank took.
+    """
 
     samples_seen: int
     seconds: float
@@ -58,27 +65,35 @@ def fit(
     Saves `out/last.ckpt` every `checkpoint_samples` samples and when `runtime.stop()` turns true, then
     raises Interrupted. The caller removes the checkpoint once it has published the result.
 
-    Raises UserError where the loss stops being finite.
+    All ranks of `runtime.group` call it together: each trains on its slots of every batch, all stop at the same step
+    once one of them is asked to, rank 0 saves and tells how far they are. Any number of them may go on from any
+    other's checkpoint, equal but for the order of sums.
+
+    Raises UserError where the loss stops being finite, and where the ranks cannot share a batch evenly; PeerLost
+    where one has gone.
     """
+    group = runtime.group
+    slots(order, group.ranks.rank, group.ranks.world)
     runtime.set_threads()
     checkpoint = out / "last.ckpt"
-    start = _checkpoint_step(checkpoint)
     guard = _Guard(order.steps, order.batch_size, checkpoint, checkpoint_samples, runtime)
     _reset_peak_memory(runtime.device)
-    trainer = _trainer(order.steps, out, runtime.device, precision, guard)
-    with warnings.catch_warnings():
+    trainer = _trainer(out, precision, guard, runtime)
+    if group.ranks.world > 1:
+        normalize_globally(module, runtime.device)
+    with warnings.catch_warnings(), group.entangled(lambda: guard.agreed):
         warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+        start = _start(checkpoint, group)
         trainer.fit(
             module,
-            train_dataloaders=_Tensors(Batches(order, reader, start)),
+            train_dataloaders=_Tensors(Batches(order, reader, start, group.ranks.rank, group.ranks.world)),
             ckpt_path=str(checkpoint) if start else None,
             weights_only=True if start else None,
         )
-    if trainer.global_step != order.steps:
-        raise RuntimeError(f"trained {trainer.global_step} steps where the budget says {order.steps}")
-    return FitResult(
-        order.steps * order.batch_size, guard.seconds, _peak_memory(runtime.device), guard.history
-    )
+        if trainer.global_step != order.steps:
+            raise RuntimeError(f"trained {trainer.global_step} steps where the budget says {order.steps}")
+        peak = max(group.gather(_peak_memory(runtime.device)))
+    return FitResult(order.steps * order.batch_size, guard.seconds, peak, guard.history)
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,10 @@ class _Tensors:
 
 
 class _Guard(pl.Callback):
-    """After every step: is it time to save, to stop, to tell how far we are? Costs no host sync."""
+    """After every step: is it time to save, to stop, to tell how far we are? Costs no wait for the device.
+
+    `agreed`: the error that it raises is raised by all ranks at the same step.
+    """
 
     def __init__(
         self, steps: int, batch_size: int, checkpoint: Path, checkpoint_samples: int, runtime: Runtime
@@ -104,6 +122,7 @@ class _Guard(pl.Callback):
         self.history_every = max(1, math.ceil(steps / HISTORY_POINTS))
         self.history: list[list[float]] = []
         self.seconds = 0.0
+        self.agreed = False
         self._resumed_at = self._told_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,17 +138,19 @@ class _Guard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        stopping = self.runtime.group.any(self.runtime.stop())
         if step % self.history_every == 0 or step == self.steps:
-            self._record(step, float(cast(Tensor, pl_module.last_loss)))
-        stopping = self.runtime.stop()
+            losses = self.runtime.group.gather(float(cast(Tensor, pl_module.last_loss)))
+            self._record(step, sum(losses) / len(losses))
         if stopping or (step % self.every == 0 and step < self.steps):
             self._save(trainer)
         if stopping:
+            self.agreed = True
             raise Interrupted(
                 f"stopped after {step * self.batch_size} samples; {self.checkpoint} holds the state"
             )
         now = time.monotonic()
-        if now - self._told_at > 0.5 or step == self.steps:
+        if self.runtime.group.first and (now - self._told_at > 0.5 or step == self.steps):
             self._told_at = now
             self.runtime.progress(step * self.batch_size, self.steps * self.batch_size)
 
@@ -141,6 +162,7 @@ class _Guard(pl.Callback):
 
     def _record(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
+            self.agreed = True
             raise UserError(
                 f"the loss became {loss} after {step * self.batch_size} samples; "
                 "lower its learning rate (`lr`) or use precision 32-true"
@@ -148,11 +170,56 @@ class _Guard(pl.Callback):
         self.history.append([step * self.batch_size, loss])
 
     def _save(self, trainer: pl.Trainer) -> None:
+        if not self.runtime.group.first:
+            trainer.save_checkpoint(self.checkpoint)  # writes nothing: takes part
+            return
         with replacing(self.checkpoint) as temporary:
             trainer.save_checkpoint(temporary)
 
 
-def _trainer(steps: int, out: Path, device: str, precision: str, guard: _Guard) -> pl.Trainer:
+class _Met(ClusterEnvironment):
+    """Ranks that have met already. To Lightning each is a world of its own, all but the first without files to write.
+
+    Of a larger world it would broadcast SIGTERM within the signal's handler, in the midst of other collectives, and
+    make every step wait for the device. What ranks do together is torch's DDP, and `_Guard`.
+    """
+
+    creates_processes_externally = True
+    main_address, main_port = "", 0  # not used by ranks that have met
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return 1
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.ranks.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return 0
+
+
+class _Ddp(DDPStrategy):
+    def _configure_launcher(self) -> None:
+        """Launches nothing, and so leaves the number of threads alone."""
+
+
+def _trainer(out: Path, precision: str, guard: _Guard, runtime: Runtime) -> pl.Trainer:
+    device, ranks = runtime.device, runtime.group.ranks
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return pl.Trainer(
@@ -160,9 +227,11 @@ def _trainer(steps: int, out: Path, device: str, precision: str, guard: _Guard) 
         devices=[int(device.split(":")[1])] if ":" in device else 1,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
-        max_steps=steps,
+        max_steps=guard.steps,
         callbacks=[guard],
-        plugins=[LightningEnvironment()],  # ours are the signals and the requeue, also under SLURM
+        # Not SLURM's, even there: the signals and the requeue are ours.
+        plugins=[_Met(ranks) if ranks.world > 1 else LightningEnvironment()],
+        strategy=_Ddp(broadcast_buffers=False, gradient_as_bucket_view=True) if ranks.world > 1 else "auto",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -172,12 +241,36 @@ def _trainer(steps: int, out: Path, device: str, precision: str, guard: _Guard) 
     )
 
 
+def _start(checkpoint: Path, group: Group) -> int:
+    """The step to start at, by rank 0's word; another node waits until it sees the file of that step."""
+    if group.first:
+        step = _checkpoint_step(checkpoint)
+        group.tell(step)
+        return step
+    step, deadline = int(group.hear()), time.monotonic() + FILE_SEEN_S
+    while step:
+        with contextlib.suppress(Exception):
+            if _saved_step(checkpoint) == step:
+                break
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{checkpoint}: rank {group.ranks.rank} does not see what rank 0 saved at step {step}; "
+                "let all nodes share SSL_DIVERSITY_HOME"
+            )
+        time.sleep(0.5)
+    return step
+
+
+def _saved_step(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 def _checkpoint_step(checkpoint: Path) -> int:
     """The step that a checkpoint was saved at; one that cannot be read is removed, and the run starts anew."""
     if not checkpoint.exists():
         return 0
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        return _saved_step(checkpoint)
     except Exception as error:
         warnings.warn(f"{checkpoint} is not readable ({error}); starting anew", stacklevel=2)
         checkpoint.unlink()

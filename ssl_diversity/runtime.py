@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ssl_diversity.ranks import Group
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -29,6 +31,7 @@ class Runtime:
     note: Callable[[str], None] = _no_note
     cache_bytes: int = 0  # bound of the node's cache of remote shards; 0: no cache
     cache_dir: str | None = None  # where it lies; None: `home()/cache/shards`
+    group: Group = field(default_factory=Group)  # of ranks that do the task together
 
     def set_threads(self) -> None:
         """Give torch this task's threads, asleep while they wait (spinning ones starve neighbours)."""

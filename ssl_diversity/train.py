@@ -65,7 +65,8 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Train the cell, going on from `out/last.ckpt` if there is one, and write `out/weights.pt`.
 
     `weights.pt` holds {"backbone", "image_size", "pooling", "state_dict"} of the network to evaluate.
-    Returns the measures of the run. Raises Interrupted after saving when asked to stop.
+    Returns the measures of the run. Raises Interrupted after saving when asked to stop. All ranks of `runtime.group`
+    do this together, each with its share of every batch; rank 0 writes and returns measures, the others return {}.
     """
     import torch
 
@@ -77,34 +78,37 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     from ssl_diversity.methods.flops import flops_per_sample
 
     runtime.set_threads()
-    subset = Subset.open(spec.parts, spec.rows_digest, "cell")
-    order = make_order(spec, subset)
-    samples = budget.used(spec.budget, spec.batch_size)
-    module = methods.build(
-        spec.method,
-        backbone=spec.backbone,
-        image_size=spec.image_size,
-        recipe=spec.recipe,
-        budget=samples,
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-    )
-    result = loop.fit(
-        module,
-        order=order,
-        reader=open_reader(
+    with runtime.group.together():
+        subset = Subset.open(spec.parts, spec.rows_digest, "cell")
+        order = make_order(spec, subset)
+        module = methods.build(
+            spec.method,
+            backbone=spec.backbone,
+            image_size=spec.image_size,
+            recipe=spec.recipe,
+            budget=budget.used(spec.budget, spec.batch_size),
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+        )
+        reader = open_reader(
             subset,
             image_size=spec.image_size,
             decode=spec.decode,
             threads=runtime.threads,
             order=order,
             runtime=runtime,
-        ),
+        )
+    result = loop.fit(
+        module,
+        order=order,
+        reader=reader,
         out=out,
         runtime=runtime,
         precision=spec.precision,
         checkpoint_samples=spec.checkpoint_samples,
     )
+    if not runtime.group.first:
+        return {}
     pooling, state = module.evaluation_state()
     weights = {
         "backbone": spec.backbone,

@@ -98,6 +98,7 @@ class Pool:
     def __init__(self, path: Path, info: PoolInfo) -> None:
         self.path = path
         self.info = info
+        self.place = path.name if path.parent == files.pools_dir() else str(path)  # for `open`
         self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
     @classmethod

@@ -64,7 +64,13 @@ def open_reader(
         from ssl_diversity.data.streaming import StreamingReader
 
         return StreamingReader(
-            subset, image_size=size, decode=decode, order=order, runtime=runtime, threads=threads
+            subset,
+            image_size=size,
+            decode=decode,
+            order=order,
+            runtime=runtime,
+            threads=threads,
+            nodes=runtime.group.ranks.nodes,
         )
     reader = RandomReader(subset, image_size=size, decode=decode, threads=threads)
     return ResidentReader(reader, runtime) if tier == "resident" else reader

@@ -73,10 +73,9 @@ class Subset:
     @property
     def specs(self) -> tuple[PartSpec, ...]:
         """What to tell a task."""
-        home = files.pools_dir()
         return tuple(
             PartSpec(
-                pool=pool.path.name if pool.path.parent == home else str(pool.path),
+                pool=pool.place,
                 rows_start=rows.start,
                 rows_count=rows.count,
                 rows_ring=None if rows.ring == pool.info.first_size else rows.ring,

@@ -16,6 +16,7 @@ from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssl_diversity import collectives
 from ssl_diversity.backbones import build_backbone, is_vit, patch_size
 from ssl_diversity.errors import UserError
 from ssl_diversity.methods.optim import LARS
@@ -29,13 +30,16 @@ class Method(pl.LightningModule):
     """A self-supervised method on a backbone; subclasses define `build`, `forward` and `criterion`.
 
     A batch is {"images": uint8 (B, 3, H, W), "positions": int64 (B,)}, positions being the samples' places in
-    the run's order. `last_loss` is the latest step's loss (float32 scalar on the device, detached).
+    the run's order. `last_loss` is the latest step's loss (float32 scalar on the device, detached). With several
+    ranks B is a rank's share of `batch_size`, and the mean of the ranks' losses is the loss.
     """
 
     view_counts = range(2, 3)
     """How many views the method takes."""
     joint_embedding = True
     """Whether the first output of `forward` embeds images, so that equal outputs for all mean collapse."""
+    mean_over_samples = False
+    """Whether the loss is a mean of losses of single samples. If not, ranks gather what `forward` gives, (B, d) each."""
     last_loss: Tensor
 
     def __init__(
@@ -124,7 +128,8 @@ class Method(pl.LightningModule):
         with plain_attention:
             outputs = self.forward(views, batch["positions"])
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.criterion(*(output.float() for output in outputs))
+            outputs = tuple(output.float() for output in outputs)
+            loss = self.criterion(*(outputs if self.mean_over_samples else collectives.global_batch(outputs)))
         self.last_loss = loss.detach()
         return loss
 

@@ -11,6 +11,8 @@ from ssl_diversity.methods.base import Method
 class BYOL(Method):
     """Grill et al., "Bootstrap Your Own Latent", arXiv 2006.07733."""
 
+    mean_over_samples = True
+
     def build(self, *, hidden_dim: int, output_dim: int) -> None:
         def projector() -> nn.Module:
             return BYOLProjectionHead(self.dim, hidden_dim, output_dim)

@@ -19,6 +19,7 @@ class DINO(Method):
     """
 
     view_counts = range(2, 100)
+    mean_over_samples = True
 
     def build(
         self,
@@ -59,7 +60,7 @@ class DINO(Method):
         return teacher.view(2, len(positions), -1), student
 
     def criterion(self, *outputs: Tensor) -> Tensor:
-        """Also moves the centre."""
+        """Also moves the centre, by the mean over all ranks (lightly's)."""
         teacher, student = outputs
         return self.loss(list(teacher), list(student), teacher_temp=self.teacher_temperature())
 

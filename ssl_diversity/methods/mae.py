@@ -19,6 +19,7 @@ class MAE(Method):
 
     view_counts = range(1, 2)
     joint_embedding = False
+    mean_over_samples = True
 
     def build(self, *, mask_ratio: float, decoder_dim: int, decoder_depth: int, decoder_heads: int) -> None:
         self.patch = patch_size(self.image_size)

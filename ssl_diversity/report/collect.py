@@ -52,16 +52,19 @@ def collect(sweep: SweepConfig) -> Collected:
     """Everything that the report of `sweep` shows; cells without results yet are records without measures."""
     plan = expand(sweep)
     results = {task.id: result for task in plan.tasks if (result := store.result(task)) is not None}
+    marked = store.Index("failed")
     records = [
         record
         for cell in plan.cells
         if cell.task is not None
-        for record in _cell_records(plan, cell, results)
+        for record in _cell_records(plan, cell, results, marked)
     ]
     records += [
-        record for baseline in plan.baselines for record in _baseline_records(sweep, baseline, results)
+        record
+        for baseline in plan.baselines
+        for record in _baseline_records(sweep, baseline, results, marked)
     ]
-    failed, tasks = _failed(plan, results)
+    failed, tasks = _failed(plan, results, marked)
     return Collected(
         sweep=sweep.name,
         records=[_finite(record) for record in records],
@@ -82,7 +85,7 @@ def history(key: str) -> list[tuple[int, float]]:
     ]
 
 
-def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, Any]]:
+def _cell_records(plan: Plan, cell: Cell, results: Results, marked: store.Index) -> list[dict[str, Any]]:
     task, recipe, parts = cell.task, cell.recipe, cell.parts
     assert task is not None
     assert recipe is not None
@@ -121,7 +124,7 @@ def _cell_records(plan: Plan, cell: Cell, results: Results) -> list[dict[str, An
         )
         leaks = _leaks(test, parts)
         measures = {
-            "status": _status(task, probe, results),
+            "status": _status(task, probe, results, marked),
             "downstream": name,
             "leaked": int(leaks.exact.sum()),
             "leaked_near": None if leaks.near is None else int(leaks.near.sum()),
@@ -152,11 +155,13 @@ def _source_flops(parts: Parts) -> float | None:
     return total
 
 
-def _baseline_records(sweep: SweepConfig, baseline: Baseline, results: Results) -> list[dict[str, Any]]:
+def _baseline_records(
+    sweep: SweepConfig, baseline: Baseline, results: Results, marked: store.Index
+) -> list[dict[str, Any]]:
     common = {
         "sweep": sweep.name,
         "cell": baseline.task.spec.network,  # type: ignore[attr-defined]
-        "status": _status(baseline.task, baseline.task, results),
+        "status": _status(baseline.task, baseline.task, results, marked),
         "method": baseline.name,
         "backbone": baseline.backbone,
         "seed": baseline.seed,
@@ -187,19 +192,23 @@ def _clean(row: Mapping[str, Any], leaks: Leaks | None) -> float | None:
     return accuracy_without(row, leaks.known)
 
 
-def _status(trained: Task, probe: Task, results: Results) -> str:
+def _status(trained: Task, probe: Task, results: Results, marked: store.Index) -> str:
     """done, failed (and not done since) or waiting."""
     if probe.id in results:
         return "done"
-    return "failed" if any(store.failures(t) for t in (trained, probe) if t.id not in results) else "waiting"
+    missing = [task for task in (trained, probe) if task.id not in results]
+    return "failed" if any(task.key in marked.keys(task.kind) for task in missing) else "waiting"
 
 
-def _failed(plan: Plan, results: Results) -> tuple[list[FailedTask], dict[str, dict[str, int]]]:
+def _failed(
+    plan: Plan, results: Results, marked: store.Index
+) -> tuple[list[FailedTask], dict[str, dict[str, int]]]:
     failed, counts = [], Counter[tuple[str, str]]()
     done = store.Done()
     for task in plan.tasks:
-        attempts = [] if task in done or task.id in results else store.failures(task)
-        state = "failed" if attempts else "done" if task in done or task.id in results else "waiting"
+        is_done = task in done or task.id in results
+        attempts = store.failures(task) if not is_done and task.key in marked.keys(task.kind) else []
+        state = "failed" if attempts else "done" if is_done else "waiting"
         counts[task.kind, state] += 1
         if attempts:
             message = textwrap.shorten(

@@ -4,7 +4,8 @@ A claim is a file `claim.<n>` that can be created only once (a hard link of a fi
 it is never seen half-written). The highest n holds the task. A holder that is a dead process of this
 machine frees it at once, any other when its heartbeat (the file's mtime) is stale; taking over means
 creating `claim.<n+1>`. A holder that wakes up and finds a higher number has lost the task: it stops and
-publishes nothing.
+publishes nothing. (Between its last look and its publishing lie microseconds in which it may still be too
+late to notice; a result is created once, so that even then there is one, and it is that of the same task.)
 """
 
 import contextlib
@@ -20,7 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from ssl_diversity.errors import UserError
-from ssl_diversity.files import write_atomic
+from ssl_diversity.files import home, write_atomic
+
+SKEW_KEPT_S = 600.0
+FINE_SKEW_S = 0.1  # less is the coarseness of a file's time
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Process:
     machine: str  # host name, boot id and pid namespace
     pid: int
     started: str  # the kernel's start time of the pid
-    job: str = ""  # the scheduler's word for it, where there is one
+    job: str = ""  # the scheduler's name for it, where there is one
+    restart: int = 0  # how often the job had been requeued
+    owner: str = ""  # whose job on which cluster
 
     def alive(self) -> bool | None:
         """Whether it still runs; None where only another machine could tell."""
@@ -54,8 +60,19 @@ def this_machine() -> str:
 
 
 def this_process() -> Process:
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return Process(this_machine(), os.getpid(), _start_time(os.getpid()) or "", job)
+    told = os.environ
+    owner = f"{os.getuid()}@{told.get('SLURM_CLUSTER_NAME', '')}"
+    restart = int(told.get("SLURM_RESTART_COUNT", 0))
+    return Process(this_machine(), os.getpid(), _start_time(os.getpid()) or "", this_job(), restart, owner)
+
+
+def this_job() -> str:
+    """What SLURM's commands call the job that this process is in; "" outside of any.
+
+    The number alone of an element means the whole array where it is the last of it.
+    """
+    number, array = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID", "")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if number and array else number
 
 
 def _start_time(pid: int) -> str | None:
@@ -100,9 +117,27 @@ class Holder:
     nonce: str
     since: float  # when the task was claimed, seconds since 1970
     silent_s: float
+    log: str = ""  # where its output goes
 
-    def gone(self, stale_s: float) -> bool:
-        return self.process.alive() is False or self.silent_s > stale_s
+    def gone(self, stale_s: float, ended: Callable[[Process], bool] = lambda process: False) -> bool:
+        """Whether it will not come back, or has been silent for too long to be waited for.
+
+        `ended` is the scheduler's word on the processes of other machines.
+        """
+        alive = self.process.alive()
+        if alive is False or self.silent_s > stale_s:
+            return True
+        return alive is None and (_previous_life(self.process) or ended(self.process))
+
+
+def _previous_life(process: Process) -> bool:
+    """Whether it ran before the job of this process was requeued."""
+    mine = this_process()
+    return (
+        bool(mine.job)
+        and (mine.job, mine.owner) == (process.job, process.owner)
+        and process.restart < mine.restart
+    )
 
 
 def holder(folder: Path) -> Holder | None:
@@ -113,10 +148,33 @@ def holder(folder: Path) -> Holder | None:
     path = folder / f"claim.{numbers[-1]}"
     try:
         record = json.loads(path.read_text())
-        silent = time.time() - path.stat().st_mtime
+        silent = file_time() - path.stat().st_mtime
     except FileNotFoundError:  # released between the listing and the reading
         return holder(folder)
-    return Holder(numbers[-1], Process(**record["process"]), record["nonce"], record["since"], silent)
+    own = {key: record[key] for key in ("nonce", "since")}
+    return Holder(
+        numbers[-1], Process(**record["process"]), silent_s=silent, log=record.get("log", ""), **own
+    )
+
+
+def file_time() -> float:
+    """Now, by the clock that stamps the store's files: a file server's may differ from this machine's."""
+    return time.time() + _skew_s(home() / "store", int(time.monotonic() / SKEW_KEPT_S))
+
+
+@lru_cache(maxsize=8)
+def _skew_s(store: Path, period: int) -> float:
+    """How far the clock of the file system is ahead of ours."""
+    probe = store / f".clock.{secrets.token_hex(8)}.tmp"
+    try:
+        before = time.time()
+        probe.touch()
+        ahead = probe.stat().st_mtime - (before + time.time()) / 2
+        return ahead if abs(ahead) > FINE_SKEW_S else 0.0
+    except OSError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -180,11 +238,16 @@ class Claim:
             thread.join()
 
 
-def claim(folder: Path, *, stale_s: float) -> Claim | None:
-    """Claim the task of this folder; None if a live worker holds it or was faster."""
+def claim(
+    folder: Path, *, stale_s: float, ended: Callable[[Process], bool] = lambda process: False, log: str = ""
+) -> Claim | None:
+    """Claim the task of this folder; None if a live worker holds it or was faster.
+
+    `ended` is the scheduler's word on processes of other machines; `log` is where this one's output goes.
+    """
     previous = holder(folder)
-    if previous is not None and not previous.gone(stale_s):
+    if previous is not None and not previous.gone(stale_s, ended):
         return None
     mine = Claim(folder, previous.number + 1 if previous else 1, secrets.token_hex(8), previous)
-    record = {"process": asdict(this_process()), "nonce": mine.nonce, "since": time.time()}
+    record = {"process": asdict(this_process()), "nonce": mine.nonce, "since": file_time(), "log": log}
     return mine if create_once(mine.path, json.dumps(record)) else None

@@ -18,6 +18,7 @@ Rates = dict[str, float]  # what -> seconds per sample (trained or made) or per 
 _EACH = frozenset(
     {"samples", "seed", "rows_digest", "rows_count", "first_block", "blocks"}
 )  # leave a rate as it is
+_BY_SPEC = frozenset({"pretrain", "train-generator", "sample"})  # whose rate depends on their spec
 
 
 def rates() -> Rates:
@@ -31,7 +32,7 @@ def record(task: Task, result: dict[str, Any], seconds: float, device: str, thre
     """Remember what a task took. Two workers at once may lose one measurement; the next one brings it back."""
     if result.get("samples_seen"):
         seconds = result.get("train_seconds", seconds)
-    amount = result.get("made", units(task))  # of a sample task what it made itself
+    amount = result.get("made", task.units)  # of a sample task what it made itself
     if not amount:
         return
     seconds /= amount
@@ -44,7 +45,7 @@ def seconds(task: Task, known: Rates, device: str, threads: int) -> float | None
     per = known.get(_what(task, device, threads))
     if per is None:
         return None
-    return per * units(task)
+    return per * task.units
 
 
 def cell_seconds(cell: Cell, sweep: SweepConfig, known: Rates, device: str, threads: int) -> float | None:
@@ -64,23 +65,13 @@ def typical(known: Rates, device: str, threads: int) -> float | None:
 
 
 def _what(task: Task, device: str, threads: int) -> str:
-    spec = task.spec
+    spec = task.spec if task.kind in _BY_SPEC else None
     if isinstance(spec, CellSpec):
         return _cell(spec.method, spec.backbone, spec.image_size, spec.precision, device, threads)
     if isinstance(spec, GeneratorSpec | SampleSpec):
         own = {key: value for key, value in spec.identity().items() if key not in _EACH}
         return f"{task.kind}/{digest(own)[:16]}/{device}/{threads}threads"
     return f"{task.kind}/{device}/{threads}threads"
-
-
-def units(task: Task) -> int:
-    """What a task's time is in proportion to: samples trained on, images made, or 1."""
-    match task.spec:
-        case CellSpec(budget=samples) | GeneratorSpec(samples=samples):
-            return samples
-        case SampleSpec() as spec:
-            return spec.images
-    return 1
 
 
 def _cell(*parts: object) -> str:

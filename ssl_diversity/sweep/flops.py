@@ -11,8 +11,8 @@ from ssl_diversity.sweep.config import SweepConfig
 Question = tuple[str, str, int, Recipe]  # method, backbone, image size, recipe
 
 
-def count_missing(sweep: SweepConfig, tell: Callable[[str], None]) -> None:
-    """Count what a plan of the sweep would ask for, in a process of its own; once per home."""
+def count_missing(sweep: SweepConfig, tell: Callable[[str], None]) -> bool:
+    """Count what a plan of the sweep would ask for, in a process of its own, once per home; whether any was missing."""
     questions: list[Question] = [
         (method, sweep.backbone_of(method), sweep.image_size, recipe)
         for method in sweep.methods
@@ -23,6 +23,7 @@ def count_missing(sweep: SweepConfig, tell: Callable[[str], None]) -> None:
         tell(f"counting the FLOPs of {len(missing)} networks (once)")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(_count, missing).result()
+    return bool(missing)
 
 
 def _recipes(sweep: SweepConfig, method: str) -> list[Recipe]:

@@ -33,7 +33,9 @@ def supply(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) ->
         if real is None:
             return Supply(name, (base,), None, encoding)
         generator = recipe.generator_spec(real)
-        train = Task("train-generator", generator, (base,), label=f"train-generator {name}")
+        train = Task(
+            "train-generator", generator, (base,), label=f"train-generator {name}", units=generator.samples
+        )
         before, trained = (base, train), (train.key, generator.rows_count)
         classes = real.info.classes if generator.class_conditional and not recipe.classes else None
     if isinstance(recipe.classes, str) and not Path(recipe.classes).expanduser().is_file():
@@ -68,7 +70,7 @@ def _sampled(name: str, spec: GenerateSpec, before: tuple[Task, ...], encoding: 
     """The chunks of n images as tasks, and the one that gathers them; a pool of fewer images grows."""
     parts = spec.samples()
     chunks = tuple(
-        Task("sample", part, before[-1:], label=f"sample {name}, part {i} of {len(parts)}")
+        Task("sample", part, before[-1:], label=f"sample {name}, part {i} of {len(parts)}", units=part.images)
         for i, part in enumerate(parts, 1)
     )
     pool = Pool.open(spec.directory) if spec.written else None

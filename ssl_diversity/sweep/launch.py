@@ -15,22 +15,21 @@ from rich.live import Live
 from ssl_diversity import files
 from ssl_diversity.budget import parse_budget
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import claims, flops, status, store
+from ssl_diversity.sweep import claims, fleet, flops, orders, slurm, status, store
 from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.orders import Current, Order
 from ssl_diversity.sweep.plan import Plan
 from ssl_diversity.sweep.profile import Profile, SlurmProfile, visible_gpus
 from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import REPORT, function
-from ssl_diversity.sweep.work import Current, Order, Worker, left
+from ssl_diversity.sweep.work import Worker
 from ssl_diversity.train import CellSpec, make_order
 
 PLAIN_LINE_EVERY_S = 15.0  # where the output is not a terminal
 TRAINING = frozenset({"pretrain", "train-generator", "sample", "generate"})
 EVALUATION = frozenset({"probe", "distance"})
 SHOWN_FAILURES = 5
-KEPT_LOGS = 5  # runs whose logs are kept, and those that may not have ended
-ENDLESS = 10**6  # how often SLURM may requeue a worker that reached its time limit
 
 
 def run(
@@ -50,6 +49,7 @@ def run(
     """
     console = console or Console(highlight=False, soft_wrap=True)
     store.open_store()
+    reach(profile)
     if any(parse_budget(value).unit == "flop" for value in sweep.budget):
         flops.count_missing(sweep, lambda text: console.print(f"{sweep.name}: {text}"))
     current = Current(sweep, skip)
@@ -59,31 +59,64 @@ def run(
         console.print(text, style="yellow")
 
     remember(sweep, tell=tell)  # only what can be planned at all
-    since = time.time()
-    workers, threads = profile.layout()
-    submitter = None if detach or isinstance(profile, SlurmProfile) else claims.this_process()
-    order = Order(sweep, profile, threads, since, skip, submitter, with_report=detach)
-    rest = left(current.plan, Done(), since=since, max_attempts=profile.max_attempts)
+    on_slurm = isinstance(profile, SlurmProfile)
+    submitter = None if detach or on_slurm else claims.this_process()
+    reporting = with_report and (detach or on_slurm)  # on a cluster the launcher may be gone by then
+    threads = profile.layout()[1]
+    order = Order(sweep, profile, threads, claims.file_time(), skip, submitter, with_report=reporting)
+    rest = order.left(current.plan, Done())
     if not rest.over:
-        jobs = _Jobs(order, workers)
-        count = workers if current.plan.waiting else min(workers, len(rest.ready) + len(rest.later))
+        orders.keep(order)
+        crew = fleet.of(order, Worker)
         if detach:
-            jobs.submit(count)
+            count = _supplied(crew, current, order)
             told = f"{count} workers submitted; `ssl-diversity status {sweep.name} --watch` shows them"
-            console.print(f"{sweep.name}: {told}")
-            return 0
+            console.print(
+                f"{sweep.name}: {told}" if count else f"{sweep.name}: no worker submitted: {crew.told}"
+            )
+            return 0 if count else 1
         with _stopping() as stopped:
             try:
-                jobs.submit(count)
-                _watch(sweep.name, current, jobs, stopped, console)
+                _watch(current, order, crew, stopped, console)
             except BaseException:
-                jobs.stop()
+                if not on_slurm:
+                    crew.stop()
                 raise
         if stopped:
-            now = status.snapshot(current.plan, since=since, max_attempts=profile.max_attempts)
+            now = status.snapshot(current.plan, **order.limits)
             console.print(f"{sweep.name}: stopped; {now.words}. Run the same command again to go on.")
             return 128 + stopped[0]
     return _finish(remember(sweep, ended=True, tell=tell), current, order, console, with_report)
+
+
+def join(sweep: SweepConfig, console: Console) -> None:
+    """Watch a sweep that runs until it is over, sending workers where they may not do so themselves.
+
+    Ctrl-C ends the watching alone.
+    """
+    order = orders.latest(sweep)
+    reach(order.profile)
+    current = Current(order.sweep, order.skip)
+    crew = fleet.of(order, Worker) if isinstance(order.profile, SlurmProfile) else None
+    with contextlib.suppress(KeyboardInterrupt):
+        _watch(current, order, crew, [], console)
+
+
+def reach(profile: Profile) -> None:
+    """Make the commands of the profile's cluster answer; UserError where there are none."""
+    if not isinstance(profile, SlurmProfile):
+        return
+    if profile.conf:
+        conf = os.path.expanduser(os.path.expandvars(profile.conf))
+        if not Path(conf).exists():
+            raise UserError(
+                f"conf={profile.conf}: no such file; is that cluster up? (`make slurm-up` starts slurm-dev)"
+            )
+        os.environ["SLURM_CONF"] = conf
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "executor=slurm: no sbatch on this machine; run on a login node or use --profile local"
+        )
 
 
 def check_cache(plan: Plan, profile: Profile) -> None:
@@ -107,84 +140,15 @@ def check_cache(plan: Plan, profile: Profile) -> None:
             )
 
 
-class _Jobs:
-    """The submitit jobs of one run."""
-
-    def __init__(self, order: Order, workers: int) -> None:
-        import submitit
-
-        self.order, self.workers, self.jobs = order, workers, list[Any]()
-        self.submitted = 0
-        profile, name = order.profile, order.sweep.name
-        if isinstance(profile, SlurmProfile) and shutil.which("sbatch") is None:
-            raise UserError(
-                "executor=slurm: no sbatch on this machine; run on a login node or use --profile local"
-            )
-        logs = order.sweep.folder / "logs"
-        for old in sorted(logs.glob("*"))[: -KEPT_LOGS + 1]:
-            if _ended(old):
-                shutil.rmtree(old, ignore_errors=True)
-        folder = logs / time.strftime("%Y%m%d-%H%M%S")
-        self.executor = submitit.AutoExecutor(
-            folder=folder, cluster=profile.executor, slurm_max_num_timeout=ENDLESS
-        )
-        self.executor.update_parameters(**profile.parameters(name))
-
-    def submit(self, count: int) -> None:
-        """Send `count` more workers, as one array where the executor knows arrays."""
-        indices = range(self.submitted, self.submitted + count)
-        with _environment(self.order), self.executor.batch():
-            self.jobs += [self.executor.submit(Worker(self.order, index)) for index in indices]
-        self.submitted += count
-
-    def ended(self) -> int:
-        """How many jobs ended since the last call."""
-        over = [job for job in self.jobs if job.done()]
-        self.jobs = [job for job in self.jobs if job not in over]
-        return len(over)
-
-    def stop(self) -> None:
-        """Ask every worker to save and end. Local controllers pass SIGTERM on; SLURM takes the jobs down."""
-        for job in self.jobs:
-            if isinstance(self.order.profile, SlurmProfile):
-                job.cancel(check=False)
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(job.job_id), signal.SIGTERM)
-
-
-def _ended(logs: Path) -> bool:
-    """Whether every job of a run has its result: one that waits in a queue still needs its folder."""
-    jobs = [path.name.removesuffix("_submitted.pkl") for path in logs.glob("*_submitted.pkl")]
-    return all(any(logs.glob(f"{job}_*_result.pkl")) for job in jobs)
-
-
-@contextlib.contextmanager
-def _environment(order: Order) -> Iterator[None]:
-    """What workers inherit. SIGINT is for the submitting process: it tells its workers to save and end
-    (submitit's local controller would kill them one second after a Ctrl-C)."""
-    values = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve their neighbours
-        "OMP_NUM_THREADS": str(order.threads),
-        "MKL_NUM_THREADS": str(order.threads),
-        "SSL_DIVERSITY_HOME": str(files.home()),
-        "PYTHONSAFEPATH": "1",  # the folder datasets/ must not pass for the package of that name
-        **order.profile.environment,
-    }
-    if not isinstance(order.profile, SlurmProfile) and order.profile.device != "cpu":
-        values["SSL_DIVERSITY_GPUS"] = ",".join(visible_gpus())
-    before = {name: os.environ.get(name) for name in values}
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(values)
+def _supplied(crew: fleet.Fleet, current: Current, order: Order) -> int:
+    """How many workers there are, once those that were missing have been sent."""
+    done = Done()
+    plan = current.refresh(done)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        patience_s = getattr(order.profile, "submit_patience_s", 0.0)
+        return crew.supply(order.left(plan, done), waiting=bool(plan.waiting), patience_s=patience_s)
+    except slurm.NoAnswer as error:
+        raise UserError(f"the scheduler does not answer ({error}); try again, nothing was lost") from None
 
 
 @contextlib.contextmanager
@@ -205,43 +169,71 @@ def _stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(name: str, current: Current, jobs: _Jobs, stopped: list[int], console: Console) -> None:
-    """Show the sweep until its workers are gone; replace those that died, a bounded number of times."""
-    order, profile = jobs.order, jobs.order.profile
-    meter = status.Meter()
-    spare = profile.max_attempts * jobs.workers
-    told, told_at, signalled = "", time.monotonic(), False
+def _watch(
+    current: Current, order: Order, crew: fleet.Fleet | None, stopped: list[int], console: Console
+) -> None:
+    """Show the sweep until it is over or its workers are gone; have the crew replace those that died.
+
+    Without a crew, whoever started the workers looks after them.
+    """
+    name, profile = order.sweep.name, order.profile
+    meter, count, hint = status.Meter(), 0, ""
+    watching, done = status.Watch(**order.limits), Done()
+    told, told_at, signalled, asked_at = "", time.monotonic(), False, float("-inf")
     live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
     with live or contextlib.nullcontext():
         while True:
-            ended = jobs.ended()
-            plan = current.refresh(Done())
-            now = status.snapshot(plan, since=order.since, max_attempts=profile.max_attempts)
+            done.refresh()
+            plan = current.refresh(done)
+            now = watching.look(plan)
+            if stopped and not signalled and crew is not None:
+                orders.cancel(order.sweep)
+                crew.stop()
+                signalled = True
+            if crew is not None and (now.over or time.monotonic() - asked_at >= crew.ask_s):
+                asked_at = time.monotonic()
+                try:
+                    waiting = bool(plan.waiting)
+                    count = crew.alive() if stopped or now.over else crew.supply(now.left, waiting=waiting)
+                    if now.over:
+                        crew.dismiss()
+                    hint = crew.told
+                except slurm.NoAnswer as error:
+                    hint = f"the scheduler does not answer: {error}"
             rate = meter.rate(now.samples)
-            remaining = status.seconds_left(plan, now, len(jobs.jobs), device_of(profile), order.threads)
+            workers = count if crew is not None else len(now.running)
+            remaining = status.seconds_left(plan, now, workers, device_of(profile), order.threads)
             if live:
-                live.update(status.render(name, now, rate, remaining), refresh=True)
+                live.update(status.render(name, now, rate, remaining, hint), refresh=True)
             elif (
                 time.monotonic() - told_at > PLAIN_LINE_EVERY_S
-                and (text := status.line(now, rate, remaining)) != told
+                and (text := status.line(now, rate, remaining, hint)) != told
             ):
                 console.print(f"{name}: {text}")
                 told, told_at = text, time.monotonic()
-            if stopped and not signalled:
-                jobs.stop()
-                signalled = True
-            if not jobs.jobs and (stopped or now.over or spare <= 0 or _disk_is_full()):
+            if now.over and (crew is None or crew.ends_itself or not count):
                 return
-            if ended and not stopped and not now.over and spare > 0 and not _disk_is_full():
-                replaced = min(ended, spare, len(now.left.ready) + len(now.left.later))
-                spare -= replaced
-                jobs.submit(replaced)
+            if crew is not None and not count and (stopped or crew.hopeless or _disk_is_full()):
+                return
+            if crew is None and order.cancelled:
+                return
             time.sleep(profile.poll_s)
 
 
 def device_of(profile: Profile) -> str:
     """The device that measured rates are looked up for, without asking torch."""
     return ("cuda" if visible_gpus() else "cpu") if profile.device == "auto" else profile.device
+
+
+def _report(record: SweepConfig, order: Order) -> Any:
+    """Write the report, after a worker that is about it."""
+    while (claim := claims.claim(record.folder, stale_s=order.profile.stale_s)) is None:
+        time.sleep(order.profile.poll_s)
+    try:
+        with claim.heartbeat(order.profile.heartbeat_s):
+            return function(REPORT)(record)
+    finally:
+        claim.release()
 
 
 def _disk_is_full() -> bool:
@@ -258,12 +250,10 @@ def _disk_is_full() -> bool:
 def _finish(record: SweepConfig, current: Current, order: Order, console: Console, with_report: bool) -> int:
     """The report, then one last line that tells the truth, and the exit status that goes with it."""
     name = record.name
-    now = status.snapshot(current.plan, since=order.since, max_attempts=order.profile.max_attempts)
+    now = status.snapshot(current.plan, **order.limits)
     if not now.complete and _disk_is_full():
         raise files.disk_full(store.store_dir())
-    page = ""
-    if with_report:
-        page = f"; report: {function(REPORT)(record)}"
+    page = f"; report: {_report(record, order)}" if with_report else ""
     for task in now.left.failed[:SHOWN_FAILURES]:
         for text in status.failure_lines(task):
             console.print(text, style="red")

@@ -18,13 +18,18 @@ _SORTED_ROWS = 1 << 23  # of the smaller pool, sorted at a time: below 512 MiB
 
 def digest(subset: Subset) -> str:
     """`subset.digest`."""
-    return digest_of([_rows_digest(str(pool.path), pool.digest, rows) for pool, rows in subset.parts])
+    return digest_of([_rows_digest(pool, rows) for pool, rows in subset.parts])
 
 
-@cache
-def _rows_digest(path: str, pool_digest: str, rows: Rows) -> str:
-    key = {"digest of": pool_digest, "rows": [rows.start, rows.count, rows.ring]}
-    return str(_kept(key, rows.count, lambda: Pool.open(path).rows_digest(rows)))
+_digests: dict[tuple[str, Rows], str] = {}  # by pool digest
+
+
+def _rows_digest(pool: Pool, rows: Rows) -> str:
+    name = (pool.digest, rows)
+    if name not in _digests:
+        key = {"digest of": pool.digest, "rows": [rows.start, rows.count, rows.ring]}
+        _digests[name] = str(_kept(key, rows.count, lambda: pool.rows_digest(rows)))
+    return _digests[name]
 
 
 def shared_images(a: Pool, b: Pool) -> int:

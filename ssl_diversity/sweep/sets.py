@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -26,34 +27,34 @@ class Source:
     supplies: tuple[Supply, ...]
     shares: tuple[Fraction, ...] = (Fraction(1),)
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[Task, ...]:
         return tuple(task for supply in self.supplies for task in supply.tasks)
 
-    @property
+    @cached_property
     def needs(self) -> tuple[Task, ...]:
         """The tasks that write its pools."""
         return tuple(task for supply in self.supplies for task in supply.tasks[-1:])
 
-    @property
+    @cached_property
     def pools(self) -> tuple[Pool, ...]:
         """In the order of `supplies`; none before all of them are there."""
         found = tuple(supply.pool for supply in self.supplies if supply.pool is not None)
         return found if len(found) == len(self.supplies) else ()
 
-    @property
+    @cached_property
     def pool(self) -> Pool | None:
         """Its only pool; None before it is there, and of a mixture."""
         return self.pools[0] if len(self.pools) == 1 else None
 
-    @property
+    @cached_property
     def waiting(self) -> str:
         missing = [supply.name for supply in self.supplies if supply.pool is None]
         if missing in ([], [self.name]):
             return f"source {self.name} is not prepared yet" if missing else ""
         return f"source {self.name} waits for {' and '.join(missing)}"
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The largest N; 0 before its pools are there."""
         return mixture.largest(self.shares, [supply.size for supply in self.supplies]) if self.pools else 0

@@ -12,12 +12,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ssl_diversity.sweep import estimate, store
+from ssl_diversity.files import task_dir
+from ssl_diversity.sweep import estimate, losses, store
 from ssl_diversity.sweep.plan import Plan
+from ssl_diversity.sweep.remaining import Left, Remaining
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import Task
-from ssl_diversity.sweep.work import Left, left
-from ssl_diversity.train import CellSpec
 
 
 @dataclass(frozen=True)
@@ -64,44 +64,53 @@ class Snapshot:
         return ", ".join(parts)
 
 
-def snapshot(plan: Plan, *, since: float = 0.0, max_attempts: int = 1) -> Snapshot:
-    """Look at the store. With the default `since`, every task that failed and was not done later counts as failed,
-    unless somebody is trying it again."""
-    done = Done()
-    running = _running({task.id for task in plan.tasks if task not in done})
-    retried = frozenset() if since else frozenset((r.kind, r.key) for r in running)
-    rest = left(plan, done, since=since, max_attempts=max_attempts, retried=retried)
-    gone = {task.id for task in (*rest.failed, *rest.blocked)}
-    running = tuple(r for r in running if (r.kind, r.key) not in gone)
-    now = {(r.kind, r.key): r for r in running}
-    planned, finished = Counter(task.kind for task in plan.tasks), Counter[str]()
-    samples = asked = 0
-    for task in plan.tasks:
-        is_done = task in done
-        finished[task.kind] += is_done
-        if isinstance(task.spec, CellSpec):
-            asked += task.spec.budget
-            samples += task.spec.budget if is_done else now[task.id].done if task.id in now else 0
-    return Snapshot(
-        total=len(plan.tasks),
-        done=finished.total(),
-        running=running,
-        left=rest,
-        waiting=plan.waiting,
-        samples=samples,
-        samples_asked=asked,
-        done_by_kind={kind: (finished[kind], planned[kind]) for kind in planned},
-    )
+def snapshot(plan: Plan, *, since: float = 0.0, max_attempts: int = 1, max_losses: int = 1) -> Snapshot:
+    """Look at the store once. With the default `since`, every task that failed and was not done later counts as
+    failed, unless somebody is trying it again."""
+    return Watch(since=since, max_attempts=max_attempts, max_losses=max_losses).look(plan)
 
 
-def _running(ids: set[tuple[str, str]]) -> tuple[Running, ...]:
-    """Live workers on these tasks."""
+class Watch:
+    """`snapshot`, asked time and again: each look costs little more than what is new."""
+
+    def __init__(self, *, since: float = 0.0, max_attempts: int = 1, max_losses: int = 1) -> None:
+        self._forgiving = bool(since)
+        self._done = Done()
+        self._remaining = Remaining(since=since, max_attempts=max_attempts, max_losses=max_losses)
+        self._plan: Plan | None = None
+
+    def look(self, plan: Plan) -> Snapshot:
+        if plan is not self._plan:
+            self._plan, self._planned = plan, Counter([task.kind for task in plan.tasks])
+            self._asked = sum(task.units for task in plan.tasks if task.kind == "pretrain")
+        self._done.refresh()
+        live = _live()
+        retried = frozenset() if self._forgiving else frozenset((r.kind, r.key) for r in live)
+        left = self._remaining.look(plan, self._done, retried)
+        gone = {task.id for task in (*left.failed, *left.blocked)}
+        running = tuple(r for r in live if self._remaining.is_open(r.key) and (r.kind, r.key) not in gone)
+        unfinished = [*left.ready, *left.later, *left.failed, *left.blocked]
+        missing = Counter([task.kind for task in unfinished])
+        samples = self._asked - sum(task.units for task in unfinished if task.kind == "pretrain")
+        return Snapshot(
+            total=len(plan.tasks),
+            done=len(plan.tasks) - len(unfinished),
+            running=running,
+            left=left,
+            waiting=plan.waiting,
+            samples=samples + sum(r.done for r in running if r.kind == "pretrain"),
+            samples_asked=self._asked,
+            done_by_kind={kind: (count - missing[kind], count) for kind, count in self._planned.items()},
+        )
+
+
+def _live() -> list[Running]:
+    """What live workers are doing."""
     found = []
     for record in store.live_workers():
         with contextlib.suppress(KeyError):
-            if (record["kind"], record["key"]) in ids:
-                found.append(Running(**{name: record[name] for name in Running.__annotations__}))
-    return tuple(found)
+            found.append(Running(**{name: record[name] for name in Running.__annotations__}))
+    return found
 
 
 def seconds_left(plan: Plan, now: Snapshot, workers: int, device: str, threads: int) -> float | None:
@@ -111,19 +120,19 @@ def seconds_left(plan: Plan, now: Snapshot, workers: int, device: str, threads: 
     the mean of those that were; cells that wait for their pool are counted in.
     """
     known = estimate.rates()
-    started = {(r.kind, r.key): r for r in now.running}
+    started = {r.key: r for r in now.running}
     typical = estimate.typical(known, device, threads)
     total = 0.0
     for task in (*now.left.ready, *now.left.later):
-        running = started.get(task.id)
+        running = started.get(task.key)
         if running is not None and running.done:
             total += (time.time() - running.started) * (running.total / running.done - 1)
             continue
         seconds = estimate.seconds(task, known, device, threads)
-        if seconds is None and isinstance(task.spec, CellSpec):
+        if seconds is None and task.kind == "pretrain":
             if typical is None:
                 return None
-            seconds = typical * task.spec.budget
+            seconds = typical * task.units
         total += seconds or 0.0
     for cell in plan.cells:
         if cell.waiting and cell.budget is not None:
@@ -149,8 +158,10 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
-def render(name: str, now: Snapshot, rate: float | None, remaining: float | None) -> RenderableType:
-    """The live display."""
+def render(
+    name: str, now: Snapshot, rate: float | None, remaining: float | None, hint: str = ""
+) -> RenderableType:
+    """The live display; `hint` is what holds it up, where something does."""
     bar = ProgressBar(total=max(1, now.total), completed=now.done, width=40)
     rate_text = f"{rate:,.0f} samples/s" if rate else ""
     left_text = f"about {duration(remaining)} left" if remaining else ""
@@ -161,19 +172,30 @@ def render(name: str, now: Snapshot, rate: float | None, remaining: float | None
         share = f"{running.done / running.total:4.0%}" if running.total else ""
         took = duration(max(0.0, time.time() - running.started))
         body.add_row("  ", running.label, share, took, running.note)
-    return Group(head, body)
+    return Group(head, body, *([Text(hint, style="yellow")] if hint else []))
 
 
-def line(now: Snapshot, rate: float | None, remaining: float | None) -> str:
+def line(now: Snapshot, rate: float | None, remaining: float | None, hint: str = "") -> str:
     """The display in one plain line."""
     parts = [now.words]
     parts += [f"{rate:,.0f} samples/s"] if rate else []
     parts += [f"about {duration(remaining)} left"] if remaining else []
+    parts += [hint] if hint else []
     return ", ".join(parts)
 
 
-def details(now: Snapshot) -> RenderableType:
-    """What `ssl-diversity status` shows below the display: by kind, what failed and why, what waits."""
+def lost(plan: Plan) -> dict[str, int]:
+    """How many workers went without a word while they had a task of the plan, by cause."""
+    marked, causes = store.Index("lost"), Counter[str]()
+    for kind in {task.kind for task in plan.tasks}:
+        if keys := marked.keys(kind):
+            keys = keys & {task.key for task in plan.tasks if task.kind == kind}
+            causes.update(loss["cause"] for key in keys for loss in losses.in_folder(task_dir(kind, key)))
+    return dict(causes.most_common())
+
+
+def details(now: Snapshot, lost: Mapping[str, int]) -> RenderableType:
+    """What `ssl-diversity status` shows below the display: by kind, what failed and why, what waits, what was lost."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("task", "done", "planned"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
@@ -181,6 +203,9 @@ def details(now: Snapshot) -> RenderableType:
         table.add_row(kind, str(done), str(planned))
     lines: list[RenderableType] = [table]
     lines += [Text(f"waiting: {reason}") for reason in now.waiting]
+    if lost:
+        told = ", ".join(f"{count} {cause}" for cause, count in lost.items())
+        lines.append(Text(f"workers lost, their tasks taken up by others: {told}"))
     lines += [Text(text, style="red") for task in now.left.failed for text in failure_lines(task)]
     return Group(*lines)
 
@@ -209,7 +234,7 @@ class Meter:
         return gained / elapsed if elapsed > 1 and gained > 0 else None
 
 
-def as_record(now: Snapshot) -> dict[str, Any]:
+def as_record(now: Snapshot, lost: Mapping[str, int]) -> dict[str, Any]:
     """For `status --json`."""
     return {
         "done": now.done,
@@ -220,4 +245,5 @@ def as_record(now: Snapshot) -> dict[str, Any]:
         "waiting": list(now.waiting),
         "samples": now.samples,
         "samples_asked": now.samples_asked,
+        "workers_lost": dict(lost),
     }

@@ -4,6 +4,7 @@ store/format                           the version of this layout
 store/<kind>/<kk>/<key>/               one task: task.json, what its function writes, result.json last
 store/done/<kind>/<kk>/<key>           empty; an index of the results (`store check` makes it anew)
 store/failed/<kind>/<kk>/<key>         empty; an index of the failures
+store/lost/<kind>/<kk>/<key>           empty; an index of the tasks that workers were lost on
 store/workers/<nonce>.json             what each worker is doing (for the display)
 store/cache/                           measured rates and counts
 """
@@ -28,6 +29,7 @@ from ssl_diversity.sweep.task import NUMERICS, Task
 FORMAT = 1
 EVICTABLE_KINDS = ("embed", "statistics")  # caches that are computed again when they are missing
 SUMMARY_CHARACTERS = 400
+WORKER_DIED = "WorkerDied"
 SILENT_BEATS = 20  # heartbeats missed, after which a worker of another machine is taken for dead
 DISPOSABLE = ("last.ckpt", "blocks")  # what a task keeps while it runs and nobody needs afterwards
 
@@ -63,16 +65,33 @@ def open_store() -> None:
 
 
 class Index:
-    """The keys in `store/<what>/<kind>/`, listed once per kind and then kept in memory."""
+    """The keys in `store/<what>/<kind>/`, listed once per kind and kept in memory; `refresh` looks again."""
 
     def __init__(self, what: str) -> None:
         self.root = store_dir() / what
         self._keys: dict[str, set[str]] = {}
+        self._folders: dict[str, dict[str, _Folder]] = {}
 
     def keys(self, kind: str) -> set[str]:
         if kind not in self._keys:
-            self._keys[kind] = {path.name for path in _leaves(self.root / kind)}
+            self._keys[kind] = set()
+            self._look(kind)
         return self._keys[kind]
+
+    def refresh(self) -> None:
+        """See what others have added or removed; lists only folders that may have changed."""
+        for kind in self._keys:
+            self._look(kind)
+
+    def _look(self, kind: str) -> None:
+        keys, folders = self._keys[kind], self._folders.setdefault(kind, {})
+        for name in _names(self.root / kind):
+            if name not in folders:
+                folders[name] = _Folder(f"{self.root}/{kind}/{name}")
+        for folder in folders.values():
+            if folder.look():
+                keys -= folder.before - folder.names
+                keys |= folder.names
 
     def path(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key
@@ -81,19 +100,57 @@ class Index:
         path = self.path(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        self.keys(kind).add(key)
+        if kind in self._keys:
+            self._keys[kind].add(key)
 
     def discard(self, kind: str, key: str) -> None:
         self.path(kind, key).unlink(missing_ok=True)
-        self.keys(kind).discard(key)
+        if kind in self._keys:
+            self._keys[kind].discard(key)
+
+
+class _Folder:
+    """The names in a folder, listed again while its time of change says that they may be others.
+
+    A folder may change again without showing it within the granularity of that time: only what has shown the
+    same time for longer, by our own clock, is believed to be as it was listed.
+    """
+
+    GRANULARITY_S = 3.0
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.names: frozenset[str] = frozenset()
+        self.before = self.names
+        self._changed_ns: int | None = None  # unknown at the first look, which lists alone
+        self._since, self._settled = 0.0, False
+
+    def look(self) -> bool:
+        """Whether it was listed again: then `names` is new, and `before` what it was."""
+        now, changed_ns = time.monotonic(), -1
+        if self._changed_ns is not None:
+            with contextlib.suppress(FileNotFoundError):
+                changed_ns = os.stat(self.path).st_mtime_ns
+        if changed_ns != self._changed_ns:
+            self._changed_ns, self._since, self._settled = changed_ns, now, False
+        elif self._settled:
+            return False
+        else:
+            self._settled = now - self._since > self.GRANULARITY_S
+        self.before, self.names = self.names, frozenset(_names(self.path))
+        return True
 
 
 class Done(Index):
-    """A snapshot of which tasks are done; take a new one to see what others have done since."""
+    """A snapshot of which tasks are done; take a new one, or `refresh` it, to see what others have done since."""
 
     def __init__(self) -> None:
         super().__init__("done")
         self._outputs: dict[Path, bool] = {}
+
+    def refresh(self) -> None:
+        self._outputs.clear()
+        super().refresh()
 
     def __contains__(self, task: Task) -> bool:
         if task.output is not None:
@@ -106,11 +163,16 @@ class Done(Index):
         return all(task in self for task in tasks)
 
 
-def _leaves(root: Path) -> Iterator[Path]:
+def _names(folder: Path | str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for folder in root.iterdir():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                yield from folder.iterdir()
+        return os.listdir(folder)
+    return []
+
+
+def _leaves(root: Path) -> Iterator[Path]:
+    for name in _names(root):
+        for leaf in _names(root / name):
+            yield root / name / leaf
 
 
 def result(task: Task) -> dict[str, Any] | None:
@@ -149,7 +211,7 @@ def publish(task: Task, claim: Claim, value: dict[str, Any]) -> bool:
 
 def settle(task: Task) -> None:
     """Index a task that has its result and drop what only its running needed."""
-    Done().add(task.kind, task.key)
+    Index("done").add(task.kind, task.key)
     Index("failed").discard(task.kind, task.key)
     for path in _disposable(task.folder):
         path.unlink(missing_ok=True)
@@ -192,6 +254,11 @@ class Failure:
     def by_user(self) -> bool:
         """Whether trying again is pointless until the user has changed something."""
         return self.summary.startswith("UserError: ")
+
+    @property
+    def worker_died(self) -> bool:
+        """Whether it was the worker that ended, not the task that failed."""
+        return self.summary.startswith(f"{WORKER_DIED}: ")
 
 
 def fail(task: Task, error: BaseException | str) -> Failure:

@@ -26,6 +26,9 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.seconds + other.seconds, self.rough or other.rough, self.unknown or other.unknown)
 
+    def __mul__(self, times: int) -> "Cost":
+        return Cost(self.seconds * times, self.rough, self.unknown) if times else Cost()
+
     @property
     def words(self) -> str:
         if self.unknown:
@@ -60,8 +63,7 @@ def render(plan: Plan, profile: Profile, device: str) -> RenderableType:
         cell, finished = cells[0], sum(c.task is not None and c.task in done for c in cells)
         n, c, flops = cell.unique_samples, cell.budget, cell.flops_per_sample
         each = cost(cell)
-        for _ in range(len(cells) - finished):
-            remaining += each
+        remaining += each * (len(cells) - finished)
         table.add_row(
             cell.source.name,
             cell.method,
@@ -76,9 +78,8 @@ def render(plan: Plan, profile: Profile, device: str) -> RenderableType:
             each.words,
             f"{finished}/{len(cells)}",
         )
-    for task in plan.tasks:
-        if task.kind != "pretrain" and task not in done:
-            remaining += Cost(estimate.seconds(task, known, device, threads) or 0.0)
+    others = [task for task in plan.tasks if task.kind != "pretrain" and task not in done]
+    remaining += Cost(sum(estimate.seconds(task, known, device, threads) or 0.0 for task in others))
     share = Cost(remaining.seconds / workers, remaining.rough, remaining.unknown)
     note = "; roughly, from FLOPs: cells like these have not been measured here" if share.rough else ""
     time_left = f"time left: {share.words} with {workers} worker(s) of {threads} thread(s) on {device}{note}"
@@ -102,7 +103,7 @@ def generation(plan: Plan, profile: Profile, device: str) -> list[Text]:
             left = [task for task in tasks if task not in done]
             seconds = [estimate.seconds(task, known, device, threads) for task in left]
             time = Cost(sum(filter(None, seconds)), unknown=None in seconds).words if left else "done"
-            amount = sum(estimate.units(task) for task in tasks)
+            amount = sum(task.units for task in tasks)
             parts = f" in {len(tasks)} tasks" if len(tasks) > 1 else ""
             lines.append(Text(f"{kind} {supply.name}: {amount:,} {unit}{parts}, {time}"))
     return lines

@@ -24,6 +24,8 @@ def _run(kind: str, spec: Config, out: Path, runtime: Runtime, steps: int) -> di
         raise UserError("made to refuse")
     if kind in os.environ.get("FAKE_CRASH", "").split(","):
         os.kill(os.getpid(), 9)
+    hoard = bytearray(int(float(os.environ.get("FAKE_MEMORY_GB", "0") if kind == "pretrain" else 0) * 2**30))
+    hoard[:: 1 << 12] = b"1" * len(hoard[:: 1 << 12])
     for step in range(steps):
         runtime.progress(step, steps)
         if runtime.stop():

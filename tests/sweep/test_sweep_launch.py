@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import config, launch, status
+from ssl_diversity.sweep import config, fleet, launch, status
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
@@ -24,9 +24,9 @@ RUN = (
     "import sys\n"
     "sys.path.insert(0, {folder!r})\n"
     "import sweep_fakes\n"
-    "from ssl_diversity.sweep import config, launch, work\n"
+    "from ssl_diversity.sweep import config, launch, task\n"
     "from ssl_diversity.sweep.profile import LocalProfile\n"
-    "work.FUNCTIONS.update(sweep_fakes.FUNCTIONS)\n"
+    "task.FUNCTIONS.update(sweep_fakes.FUNCTIONS)\n"
     "profile = LocalProfile.model_validate_json({profile!r})\n"
     "sys.exit(launch.run(config.load('quickstart', {overrides!r}), profile, with_report=False))\n"
 )
@@ -61,11 +61,6 @@ def wait_for(condition, timeout_s: float = 60) -> None:  # type: ignore[no-untyp
 def said(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(file=io.StringIO(), width=500, markup=False, highlight=False)
 
 
 @pytest.mark.usefixtures("fakes")
@@ -103,7 +98,7 @@ def test_workers_that_are_killed_are_replaced_until_the_task_is_given_up(
     small: SweepConfig, profile: LocalProfile, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CRASH", "distance")
-    eager = profile.model_copy(update={"max_attempts": 3, "workers": 1})
+    eager = profile.model_copy(update={"max_losses": 3, "workers": 1})
     sweep = small.model_copy(update={"methods": ("simclr",), "unique_samples": (64,)})
     assert launch.run(sweep, eager, with_report=False, console=console) == 1
     assert "ended while running this task" in said(console)
@@ -213,6 +208,8 @@ def fake_slurm(folder: Path) -> Path:
         "sbatch": f'cat "$1" >> {kept}; echo Submitted batch job 4711',
         "srun": "true",
         "scancel": "true",
+        "squeue": "true",
+        "scontrol": "echo MaxArraySize = 1001",
     }
     commands["sacct"] = "echo 'JobID|State|NodeList'"
     for name, body in commands.items():
@@ -276,7 +273,7 @@ def test_logs_of_jobs_that_may_still_start_are_kept(
     profile = SlurmProfile(executor="slurm", workers=1, time_min=90)
     assert launch.run(small, profile, detach=True, console=console) == 0
     kept = sorted(path.name for path in logs.iterdir())
-    assert len(kept) == 1 + launch.KEPT_LOGS
+    assert len(kept) == 1 + fleet.KEPT_LOGS
     assert kept[0] == "20200101-000000"
 
 

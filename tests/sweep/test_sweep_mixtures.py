@@ -178,7 +178,7 @@ def test_what_is_costly_to_know_of_large_pools_is_known_once(monkeypatch: pytest
     monkeypatch.setattr(rows, "_SORTED_ROWS", 100)
 
     def fresh() -> None:
-        rows._rows_digest.cache_clear()
+        rows._digests.clear()
         rows._shared.cache_clear()
 
     fresh()

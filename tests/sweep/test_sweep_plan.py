@@ -13,12 +13,14 @@ from ssl_diversity.data.order import GlobalOrder, Windowed
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.data.windowed import layout_digest
 from ssl_diversity.errors import UserError
+from ssl_diversity.files import digest
 from ssl_diversity.sweep import config, launch, plan
 from ssl_diversity.sweep.config import SweepConfig, WindowedOrder
 from ssl_diversity.sweep.plan import Plan, expand
 from ssl_diversity.sweep.profile import LocalProfile
 from ssl_diversity.sweep.store import Done
-from ssl_diversity.train import make_order
+from ssl_diversity.sweep.task import NUMERICS
+from ssl_diversity.train import CellSpec, make_order
 
 
 def prepared(sweep: SweepConfig) -> Plan:
@@ -53,6 +55,26 @@ def test_needs_come_before_what_needs_them_and_nothing_is_planned_twice(small: S
     assert kinds.count("pretrain") == 4
     assert kinds.count("probe") == 4 + 2  # pixels, and one random network
     assert kinds.count("distance") == 1 + 2  # the source, and each N's own rows
+
+
+@pytest.mark.parametrize("order", ["global", "{windowed: {shards: 2, lanes: 2}}"])
+def test_the_key_of_every_task_is_the_digest_of_its_own_spec(order: str) -> None:
+    choices = ["sources=[digits]", "methods=[simclr,dino]", "unique_samples=[64,128,all]", "seeds=2"]
+    plan = prepared(config.load("quickstart", [*choices, f"order={order}", "budget=[256,2048]"]))
+    assert {task.kind for task in plan.tasks} == {"prepare", "pretrain", "probe", "distance"}
+    for task in plan.tasks:
+        text = {"kind": task.kind, "numerics": NUMERICS[task.kind], "spec": task.spec.identity()}
+        assert task.key == digest(text)
+        assert type(task.spec).model_validate(task.spec.model_dump()) == task.spec
+    for cell in plan.cells:
+        assert cell.task is not None
+        assert cell.subset is not None
+        spec = cell.task.spec
+        assert isinstance(spec, CellSpec)
+        named = (spec.method, spec.unique_samples, spec.seed, spec.replicate, spec.budget, cell.task.units)
+        assert named == (cell.method, cell.unique_samples, cell.seed, cell.seed, cell.budget, cell.budget)
+        assert (spec.parts, spec.rows_digest) == (cell.subset.specs, cell.subset.digest)
+        assert {p.spec.network for p in cell.probes.values()} == {f"cell:{cell.task.key}"}  # type: ignore[attr-defined]
 
 
 def test_planning_twice_gives_the_same_plan(small: SweepConfig) -> None:
@@ -266,7 +288,7 @@ def test_a_budget_in_flops_waits_until_they_are_counted(
 def test_planning_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from ssl_diversity.sweep import config, flops, launch, table, work\n"
+        "from ssl_diversity.sweep import config, flops, launch, table\n"
         "from ssl_diversity.sweep.plan import expand\n"
         "plan = expand(config.load('quickstart'))\n"
         "heavy = {'torch', 'pytorch_lightning', 'lightly', 'timm', 'diffusers'} & set(sys.modules)\n"

@@ -167,3 +167,49 @@ def test_what_a_task_was_is_written_beside_its_result() -> None:
     task = make()
     store.describe(task)
     assert json.loads((task.folder / "task.json").read_text())["spec"]["n"] == 2
+
+
+def listings(index: Index, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many folders a refresh lists."""
+    listed: list[object] = []
+    real = os.listdir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))  # type: ignore[func-returns-value]
+        index.refresh()
+    return len(listed)
+
+
+def test_a_refreshed_index_shows_what_others_added_and_removed() -> None:
+    mine, others = Done(), Done()
+    keys = {f"{i:032x}" for i in range(5)} | {f"{i:02x}" + "0" * 30 for i in range(1, 9)}
+    assert mine.keys("probe") == set()
+    for key in keys:
+        others.add("probe", key)
+    mine.refresh()
+    assert mine.keys("probe") == keys
+    for key in sorted(keys)[::2]:
+        others.discard("probe", key)
+    mine.refresh()
+    assert mine.keys("probe") == set(sorted(keys)[1::2]) == Done().keys("probe")
+
+
+def test_folders_that_have_not_changed_for_long_are_not_listed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("ssl_diversity.sweep.store.time.monotonic", lambda: clock)
+    index = Done()
+    for i in range(9):
+        index.add("probe", f"{i:02x}" + "0" * 30)
+    folder = index.path("probe", "00" + "0" * 30).parent
+    assert len(index.keys("probe")) == 9
+    times = os.stat(folder).st_atime_ns, os.stat(folder).st_mtime_ns
+    for clock in (1.0, 2.0):  # may have changed again within the granularity of the time of change
+        (folder / f"00{clock}").touch()
+        os.utime(folder, ns=times)
+        assert listings(index, monkeypatch) == 1 + 9
+        assert f"00{clock}" in index.keys("probe")
+    clock = 10.0
+    assert listings(index, monkeypatch) == 1 + 9
+    assert listings(index, monkeypatch) == 1
+    Done().add("probe", "03" + "1" * 30)
+    assert listings(index, monkeypatch) == 1 + 1
+    assert "03" + "1" * 30 in index.keys("probe")

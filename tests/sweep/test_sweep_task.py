@@ -8,7 +8,7 @@ from ssl_diversity.data.order import Windowed
 from ssl_diversity.data.subset import PartSpec
 from ssl_diversity.methods.recipe import load_recipe
 from ssl_diversity.sweep import task as tasks
-from ssl_diversity.sweep.task import Task
+from ssl_diversity.sweep.task import Series, Task
 from ssl_diversity.train import CellSpec
 
 RECIPE = load_recipe("simclr", "quick", budget_samples=4096, image_size=16)
@@ -71,6 +71,18 @@ def key(values: dict[str, object], label: str = "") -> str:
 )
 def test_equal_if_and_only_if_results_are(a: dict, b: dict, a_rest: dict, b_rest: dict) -> None:
     assert (key(a | a_rest, "one sweep") == key(b | b_rest, "another")) == (a == b)
+
+
+PLAIN = {name: values for name, values in DETERMINES.items() if name not in ("order", "recipe")}
+
+
+@given(st.sets(st.sampled_from(sorted(PLAIN))), st.data())
+def test_a_task_of_a_series_is_the_task_made_alone(fields: set[str], data: st.DataObject) -> None:
+    given_values = st.fixed_dictionaries({name: (PLAIN | DOES_NOT)[name] for name in (*fields, "parts")})
+    series = Series("pretrain", SPEC.model_copy(update=data.draw(given_values)), {*fields, "parts"})
+    values = data.draw(given_values)
+    made, alone = series.task(values, (), ""), Task("pretrain", SPEC.model_copy(update=values))
+    assert (made.id, made.spec, made.folder) == (alone.id, alone.spec, alone.folder)
 
 
 def test_every_field_of_a_cell_is_either_in_the_key_or_known_not_to_matter() -> None:

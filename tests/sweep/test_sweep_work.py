@@ -11,10 +11,12 @@ import pytest
 from ssl_diversity import files
 from ssl_diversity.sweep import claims, status, store, work
 from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
+from ssl_diversity.sweep.remaining import left
 from ssl_diversity.sweep.store import Done
-from ssl_diversity.sweep.work import Order, Worker, left, run_worker
+from ssl_diversity.sweep.work import Worker, run_worker
 
 pytestmark = pytest.mark.usefixtures("fakes")
 TOTAL = 3 + 4 + 6 + 3
@@ -121,7 +123,7 @@ def test_slurm_gets_its_job_back_after_a_time_limit_or_a_preemption(
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setattr(work, "run_worker", lambda order: number)
+    monkeypatch.setattr(work.Run, "lead", lambda run: setattr(run, "signal", number))
     asked: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
     try:
@@ -204,17 +206,17 @@ def test_a_task_that_kills_its_workers_is_given_up(small: SweepConfig, profile: 
     run_worker(Order(small, profile, 1, now.since, skip=frozenset({"pretrain", "probe", "distance"})))
     cell = expand(small).cells[0].task
     assert cell is not None
-    for attempt in range(profile.max_attempts):
+    for attempt in range(profile.max_losses):
         taken = claims.claim(cell.folder, stale_s=60)
         assert taken is not None, attempt
         record = taken.path.read_text().replace(
             f'"started": "{claims.this_process().started}"', '"started": "gone"'
         )
         taken.path.write_text(record)
-        if attempt < profile.max_attempts - 1:
+        if attempt < profile.max_losses - 1:
             store.fail(cell, "WorkerDied: earlier")
     run_worker(now)
-    rest = left(expand(small), Done(), since=now.since, max_attempts=profile.max_attempts)
+    rest = now.left(expand(small), Done())
     assert [task.id for task in rest.failed] == [cell.id]
     assert "ended while running this task" in store.failures(cell)[-1].summary
 

@@ -1,0 +1,129 @@
+"""What workers are told, and how it is remembered for whoever joins a sweep later."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ssl_diversity.errors import UserError
+from ssl_diversity.files import read_json, write_json
+from ssl_diversity.sweep.claims import Process, file_time
+from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.plan import Plan, expand
+from ssl_diversity.sweep.profile import MAIN, Profile, parse_profile
+from ssl_diversity.sweep.remaining import Left, left
+from ssl_diversity.sweep.store import Done
+from ssl_diversity.sweep.task import FUNCTIONS, Task
+
+PRODUCERS = frozenset({"prepare", "train-generator", "generate"})  # what a plan may wait for
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is told. `since` is when the run began: older failures are forgiven.
+
+    `profile` is that of the worker's class, whose kinds of tasks it takes. `skip` are kinds of tasks to leave
+    alone. A worker whose `submitter` has died stops, where one is given. `with_report`: whoever finds nothing
+    left to do writes the report, there being no submitter to do it.
+    """
+
+    sweep: SweepConfig
+    profile: Profile
+    threads: int
+    since: float
+    skip: frozenset[str] = frozenset()
+    submitter: Process | None = None
+    with_report: bool = False
+    functions: dict[str, str] = field(default_factory=lambda: dict(FUNCTIONS))
+    worker_class: str = MAIN
+    whole: Profile | None = None  # the profile with all its classes
+
+    def of(self, name: str, mem_gb: float | None = None) -> "Order":
+        """For workers of one class, with more memory than it asks for where so much is given."""
+        whole = self.whole or self.profile
+        own = whole.of(name)
+        if mem_gb is not None:
+            own = own.model_copy(update={"mem_gb": mem_gb})
+        return replace(self, profile=own, threads=own.layout()[1], worker_class=name, whole=whole)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """When a task is given up, as `remaining` and `status` take it."""
+        tries = {"max_attempts": self.profile.max_attempts, "max_losses": self.profile.max_losses}
+        return {"since": self.since, **tries}
+
+    def left(self, plan: Plan, done: Done) -> Left:
+        """What the sweep still asks for."""
+        return left(plan, done, **self.limits)
+
+    def takes(self, task: Task) -> bool:
+        """Whether a task is for workers of this class."""
+        return task.kind in (self.whole or self.profile).classes_of_workers[self.worker_class]
+
+    @property
+    def mem_gb(self) -> float | None:
+        """GiB that these workers ask for, where they ask for a number."""
+        return getattr(self.profile, "mem_gb", None)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was said after this run began."""
+        with contextlib.suppress(OSError, ValueError):
+            return float(_cancel_mark(self.sweep).read_text()) >= self.since
+        return False
+
+
+def cancel(sweep: SweepConfig) -> None:
+    """Tell every worker of the runs that have begun to save and end."""
+    path = _cancel_mark(sweep)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(repr(file_time()))
+
+
+def _cancel_mark(sweep: SweepConfig) -> Path:
+    return sweep.folder / "cancelled"
+
+
+def keep(order: Order) -> None:
+    """Remember the latest run, so that others can join it."""
+    whole = order.whole or order.profile
+    record = {"since": order.since, "skip": sorted(order.skip), "profile": whole.model_dump(mode="json")}
+    write_json(order.sweep.folder / "run.json", {**record, "functions": order.functions, "uid": os.getuid()})
+
+
+def latest(sweep: SweepConfig) -> Order:
+    """The latest run of a sweep. Raises UserError if there was none."""
+    path = sweep.folder / "run.json"
+    try:
+        record = read_json(path)
+        profile = parse_profile(record["profile"], str(path))
+        skip, functions = frozenset(record["skip"]), record["functions"]
+        order = Order(sweep, profile, profile.layout()[1], record["since"], skip, functions=functions)
+        return replace(order, with_report=True)
+    except FileNotFoundError:
+        raise UserError(f"sweep {sweep.name!r} was never run here: no {path}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}); run the sweep again") from None
+
+
+class Current:
+    """The plan of a sweep, made again when something that it waits for may have appeared."""
+
+    def __init__(self, sweep: SweepConfig, skip: frozenset[str] = frozenset()) -> None:
+        self.sweep, self.skip = sweep, skip
+        self.plan = self._expand(Done())
+
+    def refresh(self, done: Done) -> Plan:
+        if self.plan.waiting and _made(self.plan, done) != self._seen:
+            self.plan = self._expand(done)
+        return self.plan
+
+    def _expand(self, done: Done) -> Plan:
+        plan = expand(self.sweep).without(self.skip, done)
+        self._seen = _made(plan, done)
+        return plan
+
+
+def _made(plan: Plan, done: Done) -> int:
+    return sum(task in done for task in plan.tasks if task.kind in PRODUCERS)

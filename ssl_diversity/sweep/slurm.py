@@ -1,0 +1,202 @@
+"""What SLURM says and what it is asked for: a hint, never the truth. Whoever asks must do without an answer."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+ANSWER_S = 30.0  # how long a command may take
+OWN = ("SLURM_CONF",)  # of the variables of a job, those that a job submitted from it needs, too
+ALIVE = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD"}) | {
+    "RUNNING",
+    "SUSPENDED",
+    "STOPPED",
+    "SIGNALING",
+    "STAGE_OUT",
+    "COMPLETING",
+    "RESIZING",
+}
+
+
+class NoAnswer(Exception):
+    """SLURM did not answer, or not with what was asked for; `text` is what it said instead."""
+
+
+def ask(*command: str, timeout_s: float = ANSWER_S) -> str:
+    """What a SLURM command prints. Raises NoAnswer where it fails, is not there or takes too long."""
+    if shutil.which(command[0]) is None:
+        raise NoAnswer(f"{command[0]}: not on this machine")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoAnswer(f"{command[0]}: {error}") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"{command[0]}: exit {done.returncode}"]
+        raise NoAnswer(said[-1])
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one element of an array, that waits or runs."""
+
+    array: str  # its number, or that of the array
+    index: str  # "" of a job that is no element
+    state: str
+    reason: str  # why it waits
+    comment: str
+
+    @property
+    def name(self) -> str:
+        """What scancel and scontrol call it."""
+        return f"{self.array}_{self.index}" if self.index else self.array
+
+
+def live() -> list[Job]:
+    """All jobs of this user that have not ended, elements of arrays one by one. Raises NoAnswer."""
+    jobs = []
+    for line in ask("squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%r|%k").splitlines():
+        parts = [part.strip() for part in line.split("|", 4)]
+        if len(parts) < 5:
+            raise NoAnswer(f"squeue: {line}")
+        array, index, state, reason, comment = parts
+        if state in ALIVE:
+            jobs.append(Job(array, index if index.isdecimal() else "", state, reason, comment))
+    return jobs
+
+
+def running(job: str) -> bool:
+    """Whether a job is still meant to run: of one that was cancelled, SLURM ends that first. False if unknown."""
+    with contextlib.suppress(NoAnswer):
+        return bool(job) and ask("squeue", "--noheader", "--jobs", job, "--format=%T").strip() == "RUNNING"
+    return False
+
+
+def last_end(job: str) -> str:
+    """How the latest run of a job that ended did so, or its present state, in SLURM's words; "" if unknown.
+
+    From the accounting where there is one, which knows of runs before a requeue, else from the controller.
+    """
+    with contextlib.suppress(NoAnswer):
+        told = ask(
+            "sacct", "--jobs", job, "--duplicates", "--allocations", "--noheader", "--parsable2", "-oState"
+        )
+        ended = [line.split()[0] for line in told.splitlines() if line.strip()]
+        ended = [state for state in ended if state not in ALIVE or state == "REQUEUED"]
+        if ended:
+            return ended[-1]
+    with contextlib.suppress(NoAnswer):
+        fields = shown("job", job)
+        state = fields.get("JobState", "")
+        return "REQUEUED" if state in ALIVE and fields.get("Restarts", "0") != "0" else state
+    return ""
+
+
+def shown(what: str, name: str) -> Mapping[str, str]:
+    """What `scontrol show` tells of a job or partition. Raises NoAnswer."""
+    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "--oneliner", "show", what, name)))
+
+
+def configuration() -> Mapping[str, str]:
+    """slurm.conf as the controller has it. Raises NoAnswer."""
+    lines = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
+    return {key.strip(): value.strip() for key, sign, value in lines if sign}
+
+
+def largest_array() -> int:
+    """How many elements an array may have; 1001, SLURM's default, where it does not say."""
+    with contextlib.suppress(NoAnswer, ValueError):
+        return max(1, int(configuration()["MaxArraySize"]))
+    return 1001
+
+
+def seconds_left(job: str) -> float | None:
+    """Until the time limit of a job that runs; None where there is none or no answer."""
+    with contextlib.suppress(NoAnswer):
+        return parse_duration(ask("squeue", "--noheader", "--jobs", job, "--format=%L").strip())
+    return None
+
+
+def parse_duration(text: str) -> float | None:
+    """`2-03:04:05`, `3:04:05` or `4:05` in seconds; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def rename(job: str, name: str) -> None:
+    """What `squeue` shows as the job's name."""
+    with contextlib.suppress(NoAnswer):
+        ask("scontrol", "update", f"JobId={job}", f"JobName={name}")
+
+
+def cancel(jobs: Sequence[str], *, pending_only: bool = False) -> None:
+    """Raises NoAnswer."""
+    for first in range(0, len(jobs), 100):
+        ask("scancel", *(["--state=PENDING"] if pending_only else []), *jobs[first : first + 100])
+
+
+def tell(jobs: Iterable[str], signal: str) -> None:
+    """Send a signal to the processes of jobs that run."""
+    for job in jobs:
+        with contextlib.suppress(NoAnswer):
+            ask("scancel", f"--signal={signal}", job)
+
+
+def cancel_comment(comment: str) -> None:
+    """Cancel the jobs of this user that carry a comment, if there are any and SLURM answers."""
+    with contextlib.suppress(NoAnswer):
+        lines = [
+            line.split("|", 1) for line in ask("squeue", "--me", "--noheader", "--format=%A|%k").splitlines()
+        ]
+        if found := [number for number, told in lines if told.strip() == comment]:
+            cancel(found)
+
+
+@contextlib.contextmanager
+def outside_of_job() -> Iterator[None]:
+    """The environment without what SLURM set for this job, which a job submitted from it must not inherit."""
+    kept = {
+        name: os.environ[name] for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_"))
+    }
+    for name in kept:
+        if name not in OWN:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why sbatch took no job. `full`: a limit on how many there may be; `passing`: it may take it later."""
+
+    text: str
+    full: bool
+    passing: bool
+
+
+_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w+Limit\b")
+_FULL = re.compile(
+    r"MaxArraySize|job array specification|submit limit|MaxJobCount|too many jobs|maximum number of jobs",
+    re.IGNORECASE,
+)
+_PASSING = re.compile(
+    r"timed out|unable to contact|connection (?:refused|reset)|temporarily|communication|try again|not responding"
+    r"|zero bytes|slurmctld|slurm_load|munge|authentication error|not available \(inactive|not on this machine",
+    re.IGNORECASE,
+)
+
+
+def refusal(text: str) -> Refusal:
+    """sbatch's words, read."""
+    text = " ".join(text.replace("sbatch: error: ", "").split())
+    limits = _LIMIT.findall(text)
+    full = any("Submit" in limit for limit in limits) if limits else bool(_FULL.search(text))
+    return Refusal(text, full, bool(_PASSING.search(text)))
