@@ -320,7 +320,7 @@ def distance(
     """
     from ssl_diversity.data.subset import Subset
     from ssl_diversity.distance.config import DistanceSpec, extractor_digest
-    from ssl_diversity.sweep.work import device as device_of
+    from ssl_diversity.runtime import device as device_of
 
     if n < 2:
         raise UserError(f"n={n}: a distance is one of distributions; give at least 2 images of each set")

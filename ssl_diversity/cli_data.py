@@ -284,7 +284,7 @@ def data_page(
     """
     from ssl_diversity.data.pool import find
     from ssl_diversity.report.pool_page import write_pool_page
-    from ssl_diversity.sweep.work import device as device_of
+    from ssl_diversity.runtime import device as device_of
 
     pool, real = find(name), find(reference) if reference else None
     with progress_bar(f"page of {pool.name}") as bar:

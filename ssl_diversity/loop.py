@@ -271,6 +271,8 @@ def _checkpoint_step(checkpoint: Path) -> int:
         return 0
     try:
         return _saved_step(checkpoint)
+    except (OSError, MemoryError):  # says nothing about the checkpoint
+        raise
     except Exception as error:
         warnings.warn(f"{checkpoint} is not readable ({error}); starting anew", stacklevel=2)
         checkpoint.unlink()

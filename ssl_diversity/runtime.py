@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from ssl_diversity.ranks import Group
 
@@ -39,6 +40,16 @@ class Runtime:
         import torch
 
         torch.set_num_threads(self.threads)
+
+
+@cache
+def device(asked: str) -> str:
+    """A device by name; `auto` is the GPU where torch finds one."""
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cores() -> int:

@@ -1,6 +1,7 @@
 """What a cluster would answer to a profile, before anything is submitted."""
 
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -148,7 +149,13 @@ def _workers(own: SlurmProfile, subject: str) -> Iterator[Finding]:
     if own.successors and may != "ALL":
         text = f"jobs may be submitted from {may} alone: set successors: false and keep `status --watch` running there"
         yield Finding(NOTE, subject, text)
-    answer = _test_only(own)
+    if own.container and (own.requeue or own.successors):
+        yield from _container(own.container, subject)
+    try:
+        answer = _test_only(own)
+    except subprocess.TimeoutExpired:
+        yield Finding(WRONG, subject, "sbatch --test-only does not answer; try again later")
+        return
     if answer.returncode:
         told = " ".join((answer.stderr or answer.stdout).replace("sbatch: error:", "").split())
         yield Finding(WRONG, subject, f"sbatch would refuse them: {told}; change the profile")
@@ -160,6 +167,15 @@ def _workers(own: SlurmProfile, subject: str) -> Iterator[Finding]:
             subject,
             f"{own.workers} of {each} each in partition {name}; the first would start at {when[0]}",
         )
+
+
+def _container(container: str, subject: str) -> Iterator[Finding]:
+    """Whether workers in a container could speak to SLURM: they requeue themselves and send others."""
+    try:
+        slurm.ask(*shlex.split(container), "squeue", "--version")
+    except slurm.NoAnswer as error:
+        text = f"no squeue in the container ({error}): bind SLURM's commands, slurm.conf and munge's socket, or set"
+        yield Finding(WRONG, subject, f"{text} requeue: false and successors: false and watch from outside")
 
 
 def _test_only(own: SlurmProfile) -> "subprocess.CompletedProcess[str]":

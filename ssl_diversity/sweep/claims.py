@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from ssl_diversity.errors import UserError
 from ssl_diversity.files import home, write_atomic
 
 SKEW_KEPT_S = 600.0
+LOOKS, LOOK_AGAIN_S = 50, 0.1
 FINE_SKEW_S = 0.1  # less is the coarseness of a file's time
 
 
@@ -102,8 +102,8 @@ def create_once(path: Path, text: str) -> bool:
         write_atomic(temporary, text)
         os.link(temporary, path)
         return True
-    except FileExistsError:
-        return False
+    except FileExistsError:  # or it was made, and the file server's word got lost
+        return temporary.stat().st_nlink > 1
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -118,16 +118,20 @@ class Holder:
     since: float  # when the task was claimed, seconds since 1970
     silent_s: float
     log: str = ""  # where its output goes
+    mem_gb: float | None = None  # what its job had asked for
 
-    def gone(self, stale_s: float, ended: Callable[[Process], bool] = lambda process: False) -> bool:
+    def gone(self, stale_s: float, ended: "Ended" = lambda holder: False) -> bool:
         """Whether it will not come back, or has been silent for too long to be waited for.
 
-        `ended` is the scheduler's word on the processes of other machines.
+        `ended` is the scheduler's word on holders on other machines.
         """
         alive = self.process.alive()
         if alive is False or self.silent_s > stale_s:
             return True
-        return alive is None and (_previous_life(self.process) or ended(self.process))
+        return alive is None and (_previous_life(self.process) or ended(self))
+
+
+Ended = Callable[[Holder], bool]
 
 
 def _previous_life(process: Process) -> bool:
@@ -142,19 +146,21 @@ def _previous_life(process: Process) -> bool:
 
 def holder(folder: Path) -> Holder | None:
     """Who holds the task of this folder, dead or alive."""
-    numbers = _numbers(folder)
-    if not numbers:
-        return None
-    path = folder / f"claim.{numbers[-1]}"
-    try:
-        record = json.loads(path.read_text())
-        silent = file_time() - path.stat().st_mtime
-    except FileNotFoundError:  # released between the listing and the reading
-        return holder(folder)
-    own = {key: record[key] for key in ("nonce", "since")}
-    return Holder(
-        numbers[-1], Process(**record["process"]), silent_s=silent, log=record.get("log", ""), **own
-    )
+    for _ in range(LOOKS):
+        numbers = _numbers(folder)
+        if not numbers:
+            return None
+        with contextlib.suppress(FileNotFoundError):  # released between the listing and the reading
+            return _read(folder / f"claim.{numbers[-1]}")
+        time.sleep(LOOK_AGAIN_S)  # or listed by a file server that does not know it yet
+    return None
+
+
+def _read(path: Path) -> Holder:
+    record = json.loads(path.read_text())
+    silent = file_time() - path.stat().st_mtime
+    own = {key: record.get(key) for key in ("nonce", "since", "log", "mem_gb")}
+    return Holder(int(path.name[6:]), Process(**record["process"]), silent_s=silent, **own)
 
 
 def file_time() -> float:
@@ -223,7 +229,9 @@ class Claim:
 
         def run() -> None:
             while not done.wait(every_s):
-                with contextlib.suppress(OSError, UserError):  # a full disk must not end the heart
+                with contextlib.suppress(
+                    Exception
+                ):  # neither a full disk nor a file server must end the heart
                     if not self.held():
                         return
                     os.utime(self.path)
@@ -239,15 +247,22 @@ class Claim:
 
 
 def claim(
-    folder: Path, *, stale_s: float, ended: Callable[[Process], bool] = lambda process: False, log: str = ""
+    folder: Path,
+    *,
+    stale_s: float,
+    ended: Ended = lambda holder: False,
+    log: str = "",
+    mem_gb: float | None = None,
 ) -> Claim | None:
     """Claim the task of this folder; None if a live worker holds it or was faster.
 
-    `ended` is the scheduler's word on processes of other machines; `log` is where this one's output goes.
+    `ended` is the scheduler's word on holders on other machines; `log` is where this process's output goes,
+    `mem_gb` what its job asked for.
     """
     previous = holder(folder)
     if previous is not None and not previous.gone(stale_s, ended):
         return None
     mine = Claim(folder, previous.number + 1 if previous else 1, secrets.token_hex(8), previous)
-    record = {"process": asdict(this_process()), "nonce": mine.nonce, "since": file_time(), "log": log}
+    record = {"process": asdict(this_process()), "nonce": mine.nonce, "since": file_time()}
+    record |= {"log": log, "mem_gb": mem_gb}
     return mine if create_once(mine.path, json.dumps(record)) else None

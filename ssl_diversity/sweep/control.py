@@ -16,7 +16,7 @@ from ssl_diversity.sweep.work import Worker
 
 def cancel(sweep: SweepConfig, *, at_once: bool = False) -> str:
     """Stop the latest run; returns what was done, in words."""
-    order = orders.latest(sweep)
+    order = orders.latest(sweep.folder)
     orders.cancel(sweep)
     if not isinstance(order.profile, SlurmProfile):
         return f"{sweep.name}: workers save and end within {order.profile.heartbeat_s:g} s"
@@ -46,7 +46,7 @@ def forgive(sweep: SweepConfig, text: str = "") -> list[str]:
 
 def go_on(sweep: SweepConfig, console: Console) -> int:
     """Run a sweep as it was run last, unless workers are still about it; returns the exit status."""
-    order = orders.latest(sweep)
+    order = orders.latest(sweep.folder)
     if isinstance(order.profile, SlurmProfile):
         launch.reach(order.profile)
         try:

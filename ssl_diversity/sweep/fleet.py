@@ -6,13 +6,14 @@ runs/<sweep>/jobs/ say, so that anyone may keep it up: the launcher, a worker th
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from ssl_diversity.sweep import claims, losses, slurm, store
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.profile import SlurmProfile, visible_gpus
 from ssl_diversity.sweep.remaining import Left
+from ssl_diversity.sweep.task import Task
 
 KEPT_LOGS = 5  # runs whose logs are kept, and those that may not have ended
 ENDLESS = 10**6  # how often SLURM may requeue a worker that reached its time limit
@@ -29,9 +31,12 @@ FIRST_WAIT_S = 1.0  # before a scheduler that did not answer is asked again; dou
 LOCK_STALE_S = 120.0
 LOOKED = "looked"  # touched whenever somebody looks after the number of workers
 LOCK_WAIT_S = 0.2
+JUST_SENT_S = 3.0  # until squeue knows a job for sure
+HELD = re.compile(r"launch.failed|requeued.in.held|JobHeldAdmin", re.IGNORECASE)  # not by the user
 
 Work = Callable[[Order, int], Callable[[], Any]]  # a worker, from its order and its number
-Wanted = Counter[tuple[str, float | None]]  # (class, GiB where more than the class asks for) -> workers
+Kind = tuple[str, float | None]  # of workers: their class, and GiB where that is more than the class asks for
+Wanted = Counter[Kind]
 
 
 class Fleet(Protocol):
@@ -98,7 +103,8 @@ class Local:
 
 class Slurm:
     """Workers as elements of job arrays. An array that was sent is recorded in runs/<sweep>/jobs/<number>.json:
-    its class, its size, and how each element ended that needed to be known."""
+    its class, its size, and how each element ended. A job's comment says whose it is, what it was sent for and
+    where its logs lie."""
 
     def __init__(self, order: Order, work: Work) -> None:
         profile = order.whole or order.profile
@@ -111,29 +117,26 @@ class Slurm:
     def supply(self, rest: Left, *, waiting: bool, leaving: str = "", patience_s: float = 0.0) -> int:
         """Send the workers that are missing, unless another does so at this moment; returns how many there are.
 
-        `leaving` is the job of a worker that is about to end and is not counted; another who sends workers may
-        have counted it and is waited for. A scheduler that does not take them is asked again for `patience_s`.
-        Raises slurm.NoAnswer where it does not tell how many there
-        are, UserError where it never takes such jobs.
+        `leaving` is the job of a worker that is about to end and is not counted. Another who sends workers, and a
+        scheduler that does not take them, are waited for up to `patience_s`. Raises slurm.NoAnswer where the
+        scheduler does not tell how many there are, UserError where it never takes such jobs and there are none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / LOOKED).touch()
+        with contextlib.suppress(OSError):
+            (self.folder / LOOKED).touch()
         until = time.monotonic() + patience_s
         while (lock := claims.claim(self.folder, stale_s=LOCK_STALE_S)) is None:
-            if not leaving or time.monotonic() > until:
+            if time.monotonic() > until:
                 return self.alive()
             time.sleep(LOCK_WAIT_S)
         try:
             with lock.heartbeat(LOCK_STALE_S / 10):
-                there = self._there()
-                self._note_ends(there)
+                there = self._there(tidy=True)
+                records = self._records(there)
                 there.pop(leaving, None)
-                wanted = self._wanted(rest)
-                self.hopeless = not wanted.total() and bool(rest.ready)
-                missing = wanted - Counter(there.values())
                 if self.order.cancelled or rest.over:
                     return len(there)
-                return len(there) + sum(self._send(*kind, count, until) for kind, count in missing.items())
+                return len(there) + self._send_missing(rest, records, Counter(there.values()), until)
         finally:
             lock.release()
 
@@ -162,74 +165,94 @@ class Slurm:
 
     # How many there are
 
-    def _there(self) -> dict[str, tuple[str, float | None]]:
-        """(class, GiB) by job of the workers that wait or run."""
-        found: dict[str, tuple[str, float | None]] = {}
+    def _there(self, *, tidy: bool = False) -> dict[str, Kind]:
+        """What each worker that waits or runs was sent for, by job.
+
+        With `tidy`, jobs that a failed start left held are released, and those that sbatch took although it said
+        that it had not are cancelled: they have nothing to run.
+        """
+        found: dict[str, Kind] = {}
         waits: set[str] = set()
-        self.told = ""
-        records = {path.stem: files.read_json(path) for path in self._records()}
         for job in slurm.live():
-            tagged = job.comment.startswith(self.tag + "/")
-            if not (tagged or job.array in records):
+            parts = job.comment.split("/")
+            if len(parts) != 5 or "/".join(parts[:2]) != self.tag:
                 continue
+            if not any((self.order.sweep.folder / "logs").glob(f"*/{parts[4]}")):
+                if tidy:
+                    slurm.cancel_quietly(job.name)
+                continue
+            if tidy and HELD.search(job.reason):
+                slurm.release(job.name)
             waits.add(job.reason if job.state == "PENDING" else "")
-            if tagged:
-                name, mem = job.comment.split("/")[2:4]
-                found[job.name] = name, float(mem) if mem else None
-            else:
-                found[job.name] = records[job.array]["class"], records[job.array]["mem_gb"]
+            found[job.name] = parts[2], float(parts[3]) if parts[3] else None
+        self.told = ""
         if found and "" not in waits:
             self.told = f"{len(found)} workers wait in the queue ({', '.join(sorted(waits))})"
         return found
 
-    def _records(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.json"))
-
-    def _note_ends(self, there: dict[str, Any]) -> None:
-        """Ask once of every element that has ended how it did: cancelled ones and crashed ones are not replaced for ever."""
-        for path in self._records():
+    def _records(self, there: Iterable[str]) -> list[dict[str, Any]]:
+        """Of the arrays of this run, with how their elements ended: asked once, so that those that were cancelled or
+        crashed are not replaced for ever. Records of earlier runs that are over are dropped."""
+        alive, records = set(there), []
+        for path in sorted(self.folder.glob("[0-9]*.json")):
             record = files.read_json(path)
-            gone = [i for i in range(record["count"]) if str(i) not in record["ended"]]
-            gone = [i for i in gone if f"{path.stem}_{i}" not in there and path.stem not in there]
-            if gone and time.time() - record["sent"] > slurm.ANSWER_S / 10:
-                for i in gone:
-                    job = f"{path.stem}_{i}" if record["count"] > 1 else path.stem
-                    record["ended"][str(i)] = slurm.last_end(job) or "UNKNOWN"
+            names = {
+                str(i): f"{path.stem}_{i}" if record["count"] > 1 else path.stem
+                for i in range(record["count"])
+            }
+            open_ = [i for i, name in names.items() if i not in record["ended"] and name not in alive]
+            if open_ and time.time() - record["sent"] > JUST_SENT_S:
+                told = slurm.last_ends(path.stem)
+                record["ended"] |= {
+                    i: told.get(names[i]) or slurm.last_end(names[i]) or "UNKNOWN" for i in open_
+                }
                 files.write_json(path, record)
-
-    def _wanted(self, rest: Left) -> Wanted:
-        """As many of each class as have something to do, less those that somebody cancelled, within `workers`."""
-        wanted: Wanted = Counter()
-        lost = store.Index("lost")
-        ends = Counter[tuple[str, str]]()
-        for path in self._records():
-            record = files.read_json(path)
             if record["since"] >= self.order.since:
-                ends.update((record["class"], end) for end in record["ended"].values())
+                records.append(record)
+            elif len(record["ended"]) == record["count"]:
+                path.unlink(missing_ok=True)
+        return records
+
+    # Sending
+
+    def _send_missing(self, rest: Left, records: list[dict[str, Any]], there: Wanted, until: float) -> int:
+        """As many of each class as have something to do, less those that somebody cancelled, within `workers`."""
+        ends = Counter((record["class"], end) for record in records for end in record["ended"].values())
+        lost, sent, wanted, refused = store.Index("lost"), 0, 0, ""
         for name, kinds in self.profile.classes_of_workers.items():
             own = self.profile.of(name)
             bad = sum(n for (of, end), n in ends.items() if of == name and end in losses.CRASHED)
             room = own.workers - ends[name, "CANCELLED"]
             if bad > self.profile.max_losses * own.workers:
-                self.told = f"{bad} workers of class {name} ended in the middle of their work; see {self.order.sweep.folder / 'logs'}"
+                self.told = f"{bad} workers of class {name} ended in the middle of their work; see `logs`, {self.order.sweep.folder / 'logs'}"
                 room = 0
-            mine = [task for task in rest.ready if task.kind in kinds]
-            needs = Counter(losses.memory_needed(task, own.mem_gb, lost) for task in mine)
-            for mem_gb, count in sorted(needs.items(), key=lambda item: -(item[0] or 0)):
-                wanted[name, mem_gb] = max(0, min(room, count))
-                room -= wanted[name, mem_gb]
-        return wanted
-
-    # Sending
+            asked: dict[float | None, list[Task]] = defaultdict(list)
+            for task in rest.ready:
+                if task.kind in kinds:
+                    asked[losses.memory_needed(task, own, lost)].append(task)
+            for mem_gb, tasks in sorted(asked.items(), key=lambda item: -(item[0] or 0)):
+                count = max(0, min(room, len(tasks)))
+                room, wanted = room - count, wanted + count
+                try:
+                    sent += self._send(name, mem_gb, count - there[name, mem_gb], until)
+                except UserError as error:
+                    if mem_gb is None:
+                        refused = str(error)
+                    else:
+                        losses.refuse(tasks, mem_gb, str(error))
+        self.hopeless = not wanted and bool(rest.ready)
+        if refused and not sent and not there.total():
+            raise UserError(f"{refused}; change the profile")
+        self.told = refused or self.told
+        return sent
 
     def _send(self, name: str, mem_gb: float | None, count: int, until: float) -> int:
         """Send `count` workers of a class in arrays that the cluster takes; returns how many it took."""
         order = self.order.of(name, mem_gb)
-        largest, sent, wait_s = min(count, slurm.largest_array()), 0, FIRST_WAIT_S
+        largest, sent, wait_s = min(count, slurm.largest_array()) if count > 0 else 0, 0, FIRST_WAIT_S
         while sent < count:
             size = min(largest, count - sent)
-            comment = f"{self.tag}/{name}/{mem_gb or ''}/{secrets.token_hex(4)}"
-            refused = self._sbatch(order, size, comment)
+            refused = self._sbatch(order, size)
             if refused is None:
                 sent, wait_s = sent + size, FIRST_WAIT_S
             elif refused.full and size > 1:
@@ -238,41 +261,34 @@ class Slurm:
                 self.told = f"the cluster takes no more jobs now: {refused.text}"
                 return sent
             elif refused.passing:
-                slurm.cancel_comment(comment)  # it may have taken them all the same
                 self.told = f"the scheduler does not answer: {refused.text}"
                 if time.monotonic() + wait_s > until or self.order.cancelled:
                     return sent
                 time.sleep(wait_s)
                 wait_s *= 2
             else:
-                raise UserError(
-                    f"sbatch refuses the workers of class {name}: {refused.text}; change the profile"
-                )
+                raise UserError(f"sbatch refuses the workers of class {name}: {refused.text}")
         return sent
 
-    def _sbatch(self, order: Order, count: int, comment: str) -> slurm.Refusal | None:
+    def _sbatch(self, order: Order, count: int) -> slurm.Refusal | None:
         import submitit
 
-        with (
-            _environment(order),
-            slurm.outside_of_job(),
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stderr(nowhere),
-        ):
-            sender = executor(order, comment)
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        with _environment(order), slurm.outside_of_job(), nowhere, contextlib.redirect_stderr(nowhere):
+            sender = executor(order, f"{self.tag}/{order.worker_class}/{_more(order) or ''}")
             try:
                 with sender.batch():
                     jobs = [sender.submit(self.work(order, number)) for number in range(count)]
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-                shutil.rmtree(sender.folder, ignore_errors=True)
+                shutil.rmtree(sender.folder, ignore_errors=True)  # should it have taken them: see `_there`
                 return slurm.refusal(str(error))
-        record: dict[str, Any] = {
-            "class": order.worker_class,
+        record: dict[str, Any] = {"class": order.worker_class, "count": count, "ended": {}}
+        record |= {
             "mem_gb": _more(order),
-            "count": count,
-            "ended": {},
+            "since": order.since,
+            "sent": time.time(),
+            "logs": str(sender.folder),
         }
-        record |= {"since": order.since, "sent": time.time(), "logs": str(sender.folder)}
         files.write_json(self.folder / f"{jobs[0].job_id.split('_')[0]}.json", record)
         return None
 
@@ -283,24 +299,25 @@ def of(order: Order, work: Work) -> Fleet:
 
 
 def executor(order: Order, comment: str = "") -> Any:
-    """A submitit executor for workers of this order, with a log folder of its own."""
+    """A submitit executor for workers of this order, with a log folder of its own, which ends their `comment`."""
     import submitit
 
-    profile, logs = order.profile, order.sweep.folder / "logs"
-    for old in sorted(logs.glob("*"))[: -KEPT_LOGS + 1]:
-        if ended(old):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = logs / time.strftime("%Y%m%d-%H%M%S", time.localtime(order.since)) / secrets.token_hex(4)
-    folder.mkdir(parents=True)
+    profile, logs, own = order.profile, order.sweep.folder / "logs", secrets.token_hex(4)
+    run = logs / time.strftime("%Y%m%d-%H%M%S", time.localtime(order.since))
+    if not run.exists():
+        for old in sorted(logs.glob("*"))[: -KEPT_LOGS + 1]:
+            if ended(old):
+                shutil.rmtree(old, ignore_errors=True)
+    (run / own).mkdir(parents=True)
     more: dict[str, Any] = {}
     if isinstance(profile, SlurmProfile):
         more = {"slurm_max_num_timeout": ENDLESS}
         if profile.container or profile.python:
             more["slurm_python"] = f"{profile.container or ''} {profile.python or sys.executable}".strip()
-    found = submitit.AutoExecutor(folder=folder, cluster=profile.executor, **more)
+    found = submitit.AutoExecutor(folder=run / own, cluster=profile.executor, **more)
     parameters = profile.parameters(order.sweep.name)
     if comment:
-        parameters["slurm_comment"] = comment
+        parameters["slurm_comment"] = f"{comment}/{own}"
     found.update_parameters(**parameters)
     return found
 

@@ -94,10 +94,12 @@ def join(sweep: SweepConfig, console: Console) -> None:
 
     Ctrl-C ends the watching alone.
     """
-    order = orders.latest(sweep)
-    reach(order.profile)
+    order = orders.latest(sweep.folder)
     current = Current(order.sweep, order.skip)
-    crew = fleet.of(order, Worker) if isinstance(order.profile, SlurmProfile) else None
+    crew = None  # of another user's run, or of this machine's processes: whoever began it looks after them
+    if isinstance(order.profile, SlurmProfile) and orders.by_this_user(sweep.folder):
+        reach(order.profile)
+        crew = fleet.of(order, Worker)
     with contextlib.suppress(KeyboardInterrupt):
         _watch(current, order, crew, [], console)
 
@@ -193,11 +195,7 @@ def _watch(
             if crew is not None and (now.over or time.monotonic() - asked_at >= crew.ask_s):
                 asked_at = time.monotonic()
                 try:
-                    waiting = bool(plan.waiting)
-                    count = crew.alive() if stopped or now.over else crew.supply(now.left, waiting=waiting)
-                    if now.over:
-                        crew.dismiss()
-                    hint = crew.told
+                    count, hint = _kept_up(crew, now, bool(plan.waiting), count, bool(stopped))
                 except slurm.NoAnswer as error:
                     hint = f"the scheduler does not answer: {error}"
             rate = meter.rate(now.samples)
@@ -218,6 +216,18 @@ def _watch(
             if crew is None and order.cancelled:
                 return
             time.sleep(profile.poll_s)
+
+
+def _kept_up(
+    crew: fleet.Fleet, now: status.Snapshot, waiting: bool, before: int, stopped: bool
+) -> tuple[int, str]:
+    """(how many workers there are, what keeps more from being sent)."""
+    if now.over:
+        crew.dismiss()
+    count = crew.alive()
+    if not (stopped or now.over or (count < before and _disk_is_full())):
+        count = crew.supply(now.left, waiting=waiting)
+    return count, crew.told
 
 
 def device_of(profile: Profile) -> str:

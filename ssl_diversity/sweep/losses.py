@@ -9,6 +9,8 @@
 | node failure     | SLURM: NODE_FAIL, BOOT_FAIL                    | goes on; counts where it got no further           |
 | killed           | a dead process, SLURM: FAILED                  | goes on; counts where it got no further           |
 | lost             | silent, and nobody knows why                   | goes on; counts where it got no further           |
+| broken device    | the GPU fails at anything                      | goes on elsewhere; the worker ends                |
+| rank lost        | another process of a cell's ranks went         | goes on; counts where it got no further           |
 | out of memory    | SLURM: OUT_OF_MEMORY or its log; MemoryError   | goes on with twice the memory, up to max_mem_gb   |
 
 What counts is written as a failed attempt; `max_losses` of them, and the task is given up. An error of the
@@ -19,6 +21,7 @@ import contextlib
 import json
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,8 @@ CAUSES = {  # SLURM's words -> ours
 }
 _MEMORY = re.compile(r"exceeded (?:job )?memory limit|oom[-_]kill", re.IGNORECASE)  # where no state tells
 LAST_WORDS = 2000  # characters
-INNOCENT = frozenset({"requeued", "preempted", "cancelled"})  # says nothing about the task
+BROKEN_DEVICE = "broken device"
+INNOCENT = frozenset({"requeued", "preempted", "cancelled", BROKEN_DEVICE})  # says nothing about the task
 CRASHED = frozenset({"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL"})  # ends of a worker
 
 
@@ -73,7 +77,7 @@ def record(task: Task, gone: Holder, profile: Profile, why: str) -> None:
     where = f"process {process.pid} on {process.machine.split()[0]}"
     where += f", job {process.job}" if process.job else ""
     note(task, why, where, gone.log)
-    if why == OUT_OF_MEMORY and ask_for_more(task, profile):
+    if why == OUT_OF_MEMORY and ask_for_more(task, profile, gone.mem_gb or getattr(profile, "mem_gb", None)):
         return
     if why not in INNOCENT and not _got_further(task, gone.since):
         told = f"{store.WORKER_DIED}: {where} ended while running this task ({why})"
@@ -89,11 +93,6 @@ def note(task: Task, why: str, where: str, log: str = "") -> None:
     store.Index("lost").add(task.kind, task.key)
 
 
-def of(task: Task) -> list[dict[str, Any]]:
-    """The losses of a task, oldest first."""
-    return in_folder(task.folder)
-
-
 def in_folder(folder: Path) -> list[dict[str, Any]]:
     """The losses of the task of a folder, oldest first."""
     with contextlib.suppress(OSError, ValueError):
@@ -101,26 +100,34 @@ def in_folder(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
-def ask_for_more(task: Task, profile: Profile) -> bool:
-    """Have a task that ran out of memory tried again with twice as much; False where no more may be asked for."""
-    had, most = getattr(profile, "mem_gb", None), getattr(profile, "max_mem_gb", None)
-    if had is None or most is None or had >= most:
+def ask_for_more(task: Task, profile: Profile, had_gb: float | None) -> bool:
+    """Have a task that ran out of `had_gb` tried again with twice as much; False where no more may be asked for."""
+    most = getattr(profile, "max_mem_gb", None)
+    if had_gb is None or most is None or had_gb >= most:
         return False
-    files.write_json(task.folder / "memory.json", {"mem_gb": min(2 * had, most)})
+    files.write_json(task.folder / "memory.json", {"mem_gb": min(2 * had_gb, most)})
     return True
 
 
-def memory_needed(task: Task, usual_gb: float | None, lost: store.Index) -> float | None:
-    """GiB that a task has shown to need, where that is more than its workers usually have.
+def memory_needed(task: Task, profile: Profile, lost: store.Index) -> float | None:
+    """GiB that a task has shown to need, within `max_mem_gb`, where that is more than workers of this profile have.
 
     `lost` is the index of the tasks that workers were lost on.
     """
-    if usual_gb is None or task.key not in lost.keys(task.kind):
+    usual, most = getattr(profile, "mem_gb", None), getattr(profile, "max_mem_gb", None)
+    if usual is None or most is None or task.key not in lost.keys(task.kind):
         return None
     with contextlib.suppress(OSError, ValueError, KeyError):
-        asked = float(files.read_json(task.folder / "memory.json")["mem_gb"])
-        return asked if asked > usual_gb else None
+        asked = min(float(files.read_json(task.folder / "memory.json")["mem_gb"]), most)
+        return asked if asked > usual else None
     return None
+
+
+def refuse(tasks: Iterable[Task], mem_gb: float, why: str) -> None:
+    """Give up tasks that need more memory than the cluster has."""
+    for task in tasks:
+        told = f"UserError: ran out of memory, and a job of {mem_gb:g} GiB is refused: {why}; "
+        store.fail(task, told + "lower max_mem_gb, or name a partition with larger nodes, and `retry`")
 
 
 def _got_further(task: Task, since: float) -> bool:

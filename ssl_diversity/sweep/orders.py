@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ssl_diversity.config import validate
 from ssl_diversity.errors import UserError
-from ssl_diversity.files import read_json, write_json
+from ssl_diversity.files import read_json, write_atomic, write_json
 from ssl_diversity.sweep.claims import Process, file_time
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import Plan, expand
@@ -16,6 +17,7 @@ from ssl_diversity.sweep.remaining import Left, left
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import FUNCTIONS, Task
 
+RUN = "run.json"
 PRODUCERS = frozenset({"prepare", "train-generator", "generate"})  # what a plan may wait for
 
 
@@ -70,41 +72,66 @@ class Order:
     def cancelled(self) -> bool:
         """Whether `cancel` was said after this run began."""
         with contextlib.suppress(OSError, ValueError):
-            return float(_cancel_mark(self.sweep).read_text()) >= self.since
+            return float((self.sweep.folder / "cancelled").read_text()) >= self.since
         return False
 
 
 def cancel(sweep: SweepConfig) -> None:
     """Tell every worker of the runs that have begun to save and end."""
-    path = _cancel_mark(sweep)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(repr(file_time()))
+    _mark(sweep, file_time())
 
 
-def _cancel_mark(sweep: SweepConfig) -> Path:
-    return sweep.folder / "cancelled"
+def _mark(sweep: SweepConfig, when: float) -> None:
+    write_atomic(sweep.folder / "cancelled", repr(when))
 
 
 def keep(order: Order) -> None:
-    """Remember the latest run, so that others can join it."""
+    """Remember the latest run, for those who join it: its workers, `status --watch`, `cancel`."""
     whole = order.whole or order.profile
     record = {"since": order.since, "skip": sorted(order.skip), "profile": whole.model_dump(mode="json")}
-    write_json(order.sweep.folder / "run.json", {**record, "functions": order.functions, "uid": os.getuid()})
+    record |= {"sweep": order.sweep.model_dump(mode="json"), "with_report": order.with_report}
+    if not (order.sweep.folder / "cancelled").exists():
+        _mark(order.sweep, 0.0)  # a file server may go on saying for a while that there is none
+    write_json(order.sweep.folder / RUN, {**record, "functions": order.functions, "uid": os.getuid()})
 
 
-def latest(sweep: SweepConfig) -> Order:
-    """The latest run of a sweep. Raises UserError if there was none."""
-    path = sweep.folder / "run.json"
+def latest(folder: Path) -> Order:
+    """The latest run of the sweep of `runs/<sweep>/`. Raises UserError if there was none."""
+    path = folder / RUN
     try:
         record = read_json(path)
         profile = parse_profile(record["profile"], str(path))
-        skip, functions = frozenset(record["skip"]), record["functions"]
-        order = Order(sweep, profile, profile.layout()[1], record["since"], skip, functions=functions)
-        return replace(order, with_report=True)
+        sweep = validate(SweepConfig, record["sweep"], str(path))
+        order = Order(sweep, profile, profile.layout()[1], record["since"], frozenset(record["skip"]))
+        return replace(order, functions=record["functions"], with_report=record["with_report"])
     except FileNotFoundError:
-        raise UserError(f"sweep {sweep.name!r} was never run here: no {path}") from None
+        raise UserError(f"sweep {folder.name!r} was never run here: no {path}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error}); run the sweep again") from None
+
+
+def by_this_user(folder: Path) -> bool:
+    """Whether it was this user who began the latest run."""
+    return read_json(folder / RUN).get("uid") == os.getuid()
+
+
+def stamp(folder: Path) -> int:
+    """Another number for another run of the sweep of `runs/<sweep>/`."""
+    with contextlib.suppress(OSError):
+        return os.stat(folder / RUN).st_mtime_ns
+    return 0
+
+
+def newer(order: Order) -> Order:
+    """The latest run of the order's sweep, for workers of the same class; `order` itself where that is it.
+
+    So that a run with more cells finds workers, and those of an earlier run go on with it.
+    """
+    with contextlib.suppress(OSError, UserError):
+        found = latest(order.sweep.folder)
+        if found.since > order.since and order.worker_class in found.profile.classes_of_workers:
+            return found.of(order.worker_class, order.mem_gb)
+    return order
 
 
 class Current:

@@ -4,7 +4,7 @@ import contextlib
 import time
 
 from ssl_diversity.sweep import claims, estimate, slurm
-from ssl_diversity.sweep.claims import Process
+from ssl_diversity.sweep.claims import Holder
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.profile import SlurmProfile
 from ssl_diversity.sweep.task import Task
@@ -12,6 +12,7 @@ from ssl_diversity.sweep.task import Task
 RESUMED = frozenset(
     {"pretrain", "train-generator", "sample", "generate", "prepare"}
 )  # go on where they stopped
+EARLY_S = 61.0  # SLURM may give its signal so much before its time
 
 
 class Clock:
@@ -20,21 +21,28 @@ class Clock:
     def __init__(self, order: Order, device: str) -> None:
         self.device, self.threads, profile = device, order.threads, order.profile
         self.ends, self.limit_s = float("inf"), float("inf")
+        self.known: estimate.Rates = {}
         if isinstance(profile, SlurmProfile) and claims.this_job():
             left_s = slurm.seconds_left(claims.this_job())
-            self.limit_s = profile.time_min * 60.0 - profile.signal_delay_s
-            known = profile.time_min * 60.0 if left_s is None else left_s
-            self.ends = time.monotonic() + known - profile.signal_delay_s
+            known_s = profile.time_min * 60.0 if left_s is None else left_s
+            self.limit_s = known_s - profile.signal_delay_s
+            self.ends = time.monotonic() + self.limit_s
 
     def over(self) -> bool:
-        return time.monotonic() >= self.ends - 1.0
+        """Whether a signal that came now is that of the time limit."""
+        return time.monotonic() >= self.ends - EARLY_S
+
+    def look(self) -> None:
+        """Read what tasks are known to take, for `has_time_for`."""
+        if self.limit_s < float("inf"):
+            self.known = estimate.rates()
 
     def has_time_for(self, task: Task) -> bool:
         """Whether it pays to begin: what can go on later needs a tenth of a worker's time, all else its own."""
         left_s = self.ends - time.monotonic()
         if left_s == float("inf"):
             return True
-        needed_s = estimate.seconds(task, estimate.rates(), self.device, self.threads)
+        needed_s = estimate.seconds(task, self.known, self.device, self.threads)
         most_s = self.limit_s * (0.1 if task.kind in RESUMED else 0.9)
         return left_s >= min(needed_s or 0.0, most_s)
 
@@ -43,10 +51,13 @@ class Neighbours:
     """SLURM's word on other workers, asked for seldom."""
 
     def __init__(self, order: Order) -> None:
-        self.asks = isinstance(order.profile, SlurmProfile)
-        self.every_s = order.profile.ask_s if isinstance(order.profile, SlurmProfile) else 0.0
-        self.asked = self.supplied = time.monotonic()
-        self.alive: set[str] | None = None
+        profile = order.profile
+        self.asks = isinstance(profile, SlurmProfile)
+        self.every_s = profile.ask_s if isinstance(profile, SlurmProfile) else 0.0
+        self.silence_s = 2 * profile.heartbeat_s
+        self.supplied, self.asked = time.monotonic(), float("-inf")
+        self.told_at = 0.0  # when SLURM last answered, by the clock that claims go by
+        self.alive: set[str] = set()
 
     def due(self) -> bool:
         """Whether it is time to look after the number of workers."""
@@ -55,12 +66,17 @@ class Neighbours:
         self.supplied = time.monotonic()
         return True
 
-    def ended(self, process: Process) -> bool:
-        """Whether SLURM no longer knows the job of a process; False where it cannot be asked."""
+    def ended(self, holder: Holder) -> bool:
+        """Whether a silent holder's job was unknown to SLURM after it had its claim; False where nobody says so."""
+        process = holder.process
         if not self.asks or not process.job or process.owner != claims.this_process().owner:
             return False
-        if self.alive is None or time.monotonic() - self.asked > self.every_s:
-            self.asked, self.alive = time.monotonic(), None
+        if holder.silent_s < self.silence_s:
+            return False
+        if time.monotonic() - self.asked > self.every_s:
+            self.asked = time.monotonic()
             with contextlib.suppress(slurm.NoAnswer):
+                asked_at = claims.file_time()
                 self.alive = {job.name for job in slurm.live()}
-        return self.alive is not None and process.job not in self.alive
+                self.told_at = asked_at
+        return self.told_at > holder.since and process.job not in self.alive

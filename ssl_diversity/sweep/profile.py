@@ -202,7 +202,8 @@ class SlurmProfile(Profile, Resources):
             "slurm_signal_delay_s": self.signal_delay_s,
             "slurm_array_parallelism": self.workers,
             "slurm_setup": list(self.setup) or None,
-            "slurm_srun_args": [f"--cpus-per-task={self.cpus}", "--kill-on-bad-exit=1"],  # srun inherits neither
+            # srun does not inherit the CPUs; rank 0 must live to ask for a requeue when another rank has died
+            "slurm_srun_args": [f"--cpus-per-task={self.cpus}", "--kill-on-bad-exit=0"],
             "slurm_additional_parameters": {**more, **self.additional},
             **{f"slurm_{key}": value for key, value in mail.items()},
         }

@@ -30,7 +30,9 @@ def ask(*command: str, timeout_s: float = ANSWER_S) -> str:
     if shutil.which(command[0]) is None:
         raise NoAnswer(f"{command[0]}: not on this machine")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=timeout_s
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoAnswer(f"{command[0]}: {error}") from None
     if done.returncode:
@@ -58,7 +60,9 @@ class Job:
 def live() -> list[Job]:
     """All jobs of this user that have not ended, elements of arrays one by one. Raises NoAnswer."""
     jobs = []
-    for line in ask("squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%r|%k").splitlines():
+    for line in ask(
+        "squeue", f"--user={os.getuid()}", "--noheader", "--array", "--format=%F|%K|%T|%r|%k"
+    ).splitlines():
         parts = [part.strip() for part in line.split("|", 4)]
         if len(parts) < 5:
             raise NoAnswer(f"squeue: {line}")
@@ -93,6 +97,18 @@ def last_end(job: str) -> str:
         state = fields.get("JobState", "")
         return "REQUEUED" if state in ALIVE and fields.get("Restarts", "0") != "0" else state
     return ""
+
+
+def last_ends(array: str) -> dict[str, str]:
+    """As `last_end` of all elements of an array that the accounting knows to have ended, by name."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(NoAnswer):
+        words = ("--duplicates", "--allocations", "--noheader", "--parsable2", "-oJobID,State")
+        for line in ask("sacct", "--jobs", array, *words).splitlines():
+            name, _, state = line.partition("|")
+            if state and (state.split()[0] not in ALIVE or state.split()[0] == "REQUEUED"):
+                found[name] = state.split()[0]
+    return found
 
 
 def shown(what: str, name: str) -> Mapping[str, str]:
@@ -148,25 +164,28 @@ def tell(jobs: Iterable[str], signal: str) -> None:
             ask("scancel", f"--signal={signal}", job)
 
 
-def cancel_comment(comment: str) -> None:
-    """Cancel the jobs of this user that carry a comment, if there are any and SLURM answers."""
+def cancel_quietly(job: str) -> None:
+    """Where SLURM answers."""
     with contextlib.suppress(NoAnswer):
-        lines = [
-            line.split("|", 1) for line in ask("squeue", "--me", "--noheader", "--format=%A|%k").splitlines()
-        ]
-        if found := [number for number, told in lines if told.strip() == comment]:
-            cancel(found)
+        cancel([job])
+
+
+def release(job: str) -> None:
+    """Let a job that was held run."""
+    with contextlib.suppress(NoAnswer):
+        ask("scontrol", "release", job)
 
 
 @contextlib.contextmanager
 def outside_of_job() -> Iterator[None]:
     """The environment without what SLURM set for this job, which a job submitted from it must not inherit."""
-    kept = {
-        name: os.environ[name] for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_"))
-    }
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    mine = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")
+    kept = {name: value for name, value in os.environ.items() if name.startswith(mine) and name not in OWN}
     for name in kept:
-        if name not in OWN:
-            del os.environ[name]
+        del os.environ[name]
     try:
         yield
     finally:
@@ -187,9 +206,10 @@ _FULL = re.compile(
     r"MaxArraySize|job array specification|submit limit|MaxJobCount|too many jobs|maximum number of jobs",
     re.IGNORECASE,
 )
-_PASSING = re.compile(
-    r"timed out|unable to contact|connection (?:refused|reset)|temporarily|communication|try again|not responding"
-    r"|zero bytes|slurmctld|slurm_load|munge|authentication error|not available \(inactive|not on this machine",
+_SURELY_PASSING = re.compile(r"munge|timed out|unable to contact", re.IGNORECASE)
+_FOR_GOOD = re.compile(
+    r"invalid|unrecognized|than permitted|specification|specified|not available$|not permitted|denied|disabled|exceeds|not found"
+    r"|no such|unable to open file|violates",
     re.IGNORECASE,
 )
 
@@ -199,4 +219,5 @@ def refusal(text: str) -> Refusal:
     text = " ".join(text.replace("sbatch: error: ", "").split())
     limits = _LIMIT.findall(text)
     full = any("Submit" in limit for limit in limits) if limits else bool(_FULL.search(text))
-    return Refusal(text, full, bool(_PASSING.search(text)))
+    passing = not full and (bool(_SURELY_PASSING.search(text)) or not _FOR_GOOD.search(text))
+    return Refusal(text, full, passing)

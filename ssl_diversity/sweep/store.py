@@ -99,7 +99,8 @@ class Index:
     def add(self, kind: str, key: str) -> None:
         path = self.path(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        with contextlib.suppress(PermissionError):  # another user made it
+            path.touch()
         if kind in self._keys:
             self._keys[kind].add(key)
 
@@ -278,8 +279,12 @@ def fail(task: Task, error: BaseException | str) -> Failure:
 
 def failures(task: Task, since: float = 0.0) -> list[Failure]:
     """The failed attempts of a task from `since` (seconds since 1970) on, oldest first."""
-    paths = [(path.stat().st_mtime, path) for path in task.folder.glob("failed.*.txt")]
-    return [Failure(path, when, path.read_text()) for when, path in sorted(paths) if when >= since]
+    found = []
+    for path in task.folder.glob("failed.*.txt"):
+        with contextlib.suppress(FileNotFoundError):  # forgiven at this moment
+            if (when := path.stat().st_mtime) >= since:
+                found.append(Failure(path, when, path.read_text()))
+    return sorted(found, key=lambda failure: (failure.when, failure.path))
 
 
 def check() -> list[str]:

@@ -258,5 +258,5 @@ def test_a_worker_that_was_frozen_for_too_long_publishes_nothing_when_it_wakes(
     first, second = sweep_fakes.executions()
     assert first["key"] == second["key"]
     assert first["pid"] == frozen.pid != second["pid"]
-    assert [loss["cause"] for loss in losses.of(task)] == ["lost"]
+    assert [loss["cause"] for loss in losses.in_folder(task.folder)] == ["lost"]
     assert not list(task.folder.glob("claim.*"))

@@ -69,7 +69,7 @@ def idle(scheduler: Scheduler, pools: None, monkeypatch: pytest.MonkeyPatch) -> 
     """A scheduler on which nothing starts, for a sweep of 9 tasks that could."""
     scheduler.change(slots=0)
     monkeypatch.setattr(fleet, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(slurm, "ANSWER_S", 0.0)
+    monkeypatch.setattr(fleet, "JUST_SENT_S", 0.0)
     return scheduler
 
 
@@ -172,18 +172,20 @@ def test_a_submission_that_failed_is_made_again_and_what_was_taken_all_the_same_
     idle: Scheduler, small: SweepConfig, fault: str
 ) -> None:
     idle.change(faults=["", fault, fault], max_array=3)
-    assert supply(order(small, profile(workers=6)))[0] == 6
+    now = order(small, profile(workers=6))
+    assert supply(now)[0] == 6
+    assert supply(now)[0] == 6
     assert sizes(idle) == [3, 3]
     cancelled = Counter(job["state"] for job in idle.jobs)["CANCELLED"]
     assert cancelled == (6 if fault == "taken" else 0)
 
 
-def test_a_job_taken_in_silence_counts_as_the_worker_that_it_is(idle: Scheduler, small: SweepConfig) -> None:
+def test_a_job_taken_in_silence_has_nothing_to_run_and_does_not_count(
+    idle: Scheduler, small: SweepConfig
+) -> None:
     idle.change(faults=["taken"])
     now = order(small, profile(workers=3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slurm, "cancel_comment", lambda comment: None)  # no answer
-        count, crew = supply(now, patience_s=0.0)
+    count, crew = supply(now, patience_s=0.0)
     assert count == 0
     assert "Socket timed out" in crew.told
     assert supply(now)[0] == 3
@@ -296,7 +298,8 @@ def test_a_worker_of_one_task_ends_after_it_and_comes_back(
 ) -> None:
     run = Run(order(small, profile(tasks_per_worker=1, successors=False)))
     run.lead()
-    assert run.comes_back
+    assert run.share_done
+    assert not run.comes_back
     assert len(sweep_fakes.executions()) == 1
 
 
@@ -308,9 +311,12 @@ def test_a_worker_with_too_little_time_left_begins_nothing_and_comes_back(
     for ready in rest(now).ready:
         estimate.record(ready, {"samples_seen": 256, "train_seconds": 1500.0}, 1500.0, "cpu", 1)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    idle.put(7, "RUNNING", started=time.time() - 2800)
-    assert 600 < (left_s := slurm.seconds_left("7") or 0) < 900, left_s  # a probe needs 1500 s
+    idle.put(7, "RUNNING", started=time.time())
     run = Run(now)
+    assert 3400 < run.clock.limit_s < 3600
+    run.clock.look()
+    assert run.clock.has_time_for(task)
+    run.clock.ends -= 2800  # of 3540 s; a probe needs 1500
     assert not run.clock.has_time_for(task)
     run.lead()
     assert run.comes_back

@@ -12,14 +12,14 @@ import sweep_fakes
 from slurm_helpers import Scheduler
 
 from ssl_diversity import files
-from ssl_diversity.sweep import claims, config, fleet, losses, store
+from ssl_diversity.sweep import claims, config, losses, store
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import SlurmProfile
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import Task
-from ssl_diversity.sweep.work import Worker, run_worker
+from ssl_diversity.sweep.work import run_worker
 
 pytestmark = pytest.mark.usefixtures("fakes")
 
@@ -61,7 +61,7 @@ def lost(task: Task, **process: Any) -> None:
 
 
 def causes(task: Task) -> list[str]:
-    return [loss["cause"] for loss in losses.of(task)]
+    return [loss["cause"] for loss in losses.in_folder(task.folder)]
 
 
 WORDS = [
@@ -210,13 +210,11 @@ def test_memory_is_doubled_up_to_the_most_and_then_it_counts(
         lost(cell, job="7")
         run_worker(base.of("main", mem_gb))
         rest = base.left(expand(one), Done())
-        asked += [losses.memory_needed(cell, 3.0, store.Index("lost"))]
+        asked += [losses.memory_needed(cell, whole, store.Index("lost"))]
         if mem_gb < 10:
             assert [task.id for task in rest.ready if task.kind == cell.kind] == [
                 cell.id
             ]  # left to a worker with more
-            wanted = fleet.Slurm(base, Worker)._wanted(rest)
-            assert wanted["main", asked[-1]] == 1
     assert asked == [6.0, 10.0, 10.0]
     assert causes(cell) == ["out of memory"] * 3
     assert [failure.worker_died for failure in store.failures(cell)] == [True]
@@ -253,6 +251,6 @@ def test_a_holder_elsewhere_is_known_by_job_and_process(cell: Task) -> None:
     held = claims.holder(cell.folder)
     assert held is not None
     losses.record(cell, held, profile(), "killed")
-    (loss,) = losses.of(cell)
+    (loss,) = losses.in_folder(cell.folder)
     assert loss["where"] == f"process {os.getpid()} on node2, job 7"
     assert loss["log"] == "/logs/7_0_log.out"

@@ -114,7 +114,7 @@ def test_elements_that_wait_are_told_one_by_one_and_cancelled_by_what_they_carry
     slurm.cancel([f"{array}_0", f"{array}_1"], pending_only=True)
     assert [job.state for job in slurm.live()] == ["RUNNING", "PENDING", "PENDING", "PENDING"]
     scheduler.change(slots=0)
-    slurm.cancel_comment("ours")
+    slurm.cancel([job.name for job in slurm.live() if job.comment == "ours"])
     while len(scheduler.active) > 2:
         time.sleep(0.02)
     assert {job.array for job in slurm.live()} == {other}
@@ -156,7 +156,6 @@ def test_no_answer_is_no_bad_news(scheduler: Scheduler) -> None:
     with pytest.raises(slurm.NoAnswer, match="Unable to contact slurm controller"):
         slurm.live()
     assert slurm.seconds_left("7") is None
-    slurm.cancel_comment("")
     assert [job["state"] for job in scheduler.jobs] == ["RUNNING"]
 
 

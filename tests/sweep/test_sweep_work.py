@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssl_diversity import files
-from ssl_diversity.sweep import claims, status, store, work
+from ssl_diversity.sweep import claims, orders, status, store, work
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
@@ -127,7 +127,9 @@ def test_slurm_gets_its_job_back_after_a_time_limit_or_a_preemption(
     asked: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
     try:
-        Worker(Order(small, SlurmProfile(executor="slurm", workers=1, time_min=10), 1, time.time()))()
+        order = Order(small, SlurmProfile(executor="slurm", workers=1, time_min=10), 1, time.time())
+        orders.keep(order)
+        Worker(order)()
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert bool(asked) == again
