@@ -7,6 +7,7 @@ it one endless epoch and start our own iterator at the checkpoint's step.)
 """
 
 import contextlib
+import errno
 import logging
 import math
 import time
@@ -271,9 +272,9 @@ def _checkpoint_step(checkpoint: Path) -> int:
         return 0
     try:
         return _saved_step(checkpoint)
-    except (OSError, MemoryError):  # says nothing about the checkpoint
-        raise
     except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
+            raise  # of the file server or the machine, not of the checkpoint
         warnings.warn(f"{checkpoint} is not readable ({error}); starting anew", stacklevel=2)
         checkpoint.unlink()
         return 0

@@ -127,7 +127,12 @@ def test_slurm_gets_its_job_back_after_a_time_limit_or_a_preemption(
     asked: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
     try:
-        order = Order(small, SlurmProfile(executor="slurm", workers=1, time_min=10), 1, time.time())
+        order = Order(
+            small,
+            SlurmProfile(executor="slurm", workers=1, time_min=10, submit_patience_s=0.1),
+            1,
+            time.time(),
+        )
         orders.keep(order)
         Worker(order)()
     finally:
