@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ssl_diversity import cli_data, cli_launch, files
+from ssl_diversity import cli_data, cli_launch, cli_profile, files
 from ssl_diversity.cli_data import mapping, out, progress_bar
 from ssl_diversity.config import parse_overrides, validate
 from ssl_diversity.errors import UserError
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.store, name="store")
 cli_launch.register(app)
+cli_profile.register(app)
 
 Overrides = Annotated[
     list[str] | None,
@@ -91,7 +92,7 @@ def plan(
     if flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr)):
         planned = expand(asked)
     launch.check_cache(planned, where)
-    out.print(table.render(planned, where, launch.device_of(where)))
+    out.print(table.render(planned, where))
 
 
 @app.command()
@@ -264,6 +265,7 @@ def generate(
     ssl-diversity generate birds pipeline=~/stable-diffusion classes=[wren,owl] n=1000 --size 256 --verify 16
     """
     from ssl_diversity.sweep import config, launch, table
+    from ssl_diversity.sweep.forecast import Forecast
     from ssl_diversity.sweep.plan import expand
     from ssl_diversity.sweep.profile import load_profile
 
@@ -271,7 +273,7 @@ def generate(
     asked = config.one_source(name, parse_overrides(overrides or []), size)
     if dry_run:
         planned = expand(asked)
-        for line in table.generation(planned, where, launch.device_of(where)):
+        for line in table.generation(planned, Forecast(planned, where)):
             out.print(line)
         waiting = [reason for reason in planned.waiting if planned.sources[0].name in reason]
         return out.print("; ".join(waiting) or f"pool: {planned.sources[0].pool.path}")  # type: ignore[union-attr]

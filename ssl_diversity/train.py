@@ -17,6 +17,7 @@ from ssl_diversity.methods.recipe import Recipe
 from ssl_diversity.runtime import Runtime
 
 if TYPE_CHECKING:
+    from ssl_diversity.data.reading import Reader
     from ssl_diversity.methods.base import Method
 
 EFFECTIVE_RANK_IMAGES = 1024
@@ -61,6 +62,33 @@ def make_order(spec: CellSpec, subset: Subset) -> Order:
     return WindowedOrder(subset.pieces, spec.batch_size, spec.seed, spec.budget, **spec.order.model_dump())
 
 
+def open_cell(spec: CellSpec, runtime: Runtime) -> "tuple[Subset, Order, Method, Reader]":
+    """What the cell trains on and with; UserError where its images are not there as planned."""
+    from ssl_diversity import methods
+    from ssl_diversity.data.reading import open_reader
+
+    subset = Subset.open(spec.parts, spec.rows_digest, "cell")
+    order = make_order(spec, subset)
+    module = methods.build(
+        spec.method,
+        backbone=spec.backbone,
+        image_size=spec.image_size,
+        recipe=spec.recipe,
+        budget=budget.used(spec.budget, spec.batch_size),
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+    reader = open_reader(
+        subset,
+        image_size=spec.image_size,
+        decode=spec.decode,
+        threads=runtime.threads,
+        order=order,
+        runtime=runtime,
+    )
+    return subset, order, module, reader
+
+
 def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Train the cell, going on from `out/last.ckpt` if there is one, and write `out/weights.pt`.
 
@@ -70,8 +98,7 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     """
     import torch
 
-    from ssl_diversity import loop, methods
-    from ssl_diversity.data.reading import open_reader
+    from ssl_diversity import loop
     from ssl_diversity.distance.diversity import collapsed, effective_rank
     from ssl_diversity.features import embed_images, load_weights
     from ssl_diversity.files import replacing
@@ -79,25 +106,7 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
 
     runtime.set_threads()
     with runtime.group.together():
-        subset = Subset.open(spec.parts, spec.rows_digest, "cell")
-        order = make_order(spec, subset)
-        module = methods.build(
-            spec.method,
-            backbone=spec.backbone,
-            image_size=spec.image_size,
-            recipe=spec.recipe,
-            budget=budget.used(spec.budget, spec.batch_size),
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-        )
-        reader = open_reader(
-            subset,
-            image_size=spec.image_size,
-            decode=spec.decode,
-            threads=runtime.threads,
-            order=order,
-            runtime=runtime,
-        )
+        subset, order, module, reader = open_cell(spec, runtime)
     result = loop.fit(
         module,
         order=order,

@@ -13,10 +13,11 @@ PACKAGE = Path(ssl_diversity.__file__).parent
 FLOORS = [  # from the top down (docs/architecture.md)
     ["__main__"],
     ["cli"],
-    ["cli_launch"],
+    ["cli_launch", "cli_profile"],
     ["cli_data"],
     ["report"],
     ["sweep"],
+    ["profiling"],
     ["train"],
     ["generation"],
     ["evaluation"],
@@ -46,6 +47,7 @@ TORCH_FREE = [
     "sweep.status",
     "sweep.launch",
     "train",
+    "profiling",
     "data.prepare",
     "analysis.effect",
 ]

@@ -1,5 +1,7 @@
 """The loop trains the exact budget, and a resumed run is the run that never stopped."""
 
+import ctypes
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +145,23 @@ def test_a_loss_that_is_not_finite_names_the_remedy(tmp_path: Path) -> None:
             precision="32-true",
             checkpoint_samples=8,
         )
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_memory_of_one_step_serves_the_next_and_goes_back_after_the_last() -> None:
+    size = 1 << 28
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(size, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    outside = resident()
+    with loop.memory_kept():
+        pages = [new_pages() for _ in range(8)]  # the first few lay out what the others find
+        assert sum(pages[4:]) < size / resource.getpagesize() / 100
+        assert resident() > outside + size / 2
+    assert resident() < outside + size / 2

@@ -22,6 +22,7 @@ Tier = Literal["auto", "resident", "random", "streaming"]
 Decode = Literal["exact", "scaled"]
 Images = NDArray[np.uint8]
 Numbers = NDArray[np.int64]
+RESIDENT_BYTES = 1 << 31  # of decoded images, up to which a subset is kept in memory
 _CHUNK_BYTES = 1 << 25  # decoded at once into memory
 
 
@@ -39,7 +40,7 @@ def open_reader(
     image_size: int | None = None,
     decode: Decode = "exact",
     tier: Tier = "auto",
-    resident_bytes: int = 1 << 31,
+    resident_bytes: int = RESIDENT_BYTES,
     threads: int = 1,
     order: "Order | None" = None,
     runtime: Runtime = Runtime(),  # noqa: B008
@@ -57,9 +58,8 @@ def open_reader(
     for part, (pool, _) in enumerate(subset.parts):
         pool.check_shards(sorted({piece.shard for piece in subset.pieces if piece.part == part}))
     if tier == "auto":
-        fits = len(subset) * 3 * size**2 <= resident_bytes
         remote = any(pool.remote for pool, _ in subset.parts)
-        tier = "streaming" if remote else "resident" if fits else "random"
+        tier = choose_tier(len(subset), size, remote=remote, resident_bytes=resident_bytes)
     if tier == "streaming":
         from ssl_diversity.data.streaming import StreamingReader
 
@@ -74,6 +74,12 @@ def open_reader(
         )
     reader = RandomReader(subset, image_size=size, decode=decode, threads=threads)
     return ResidentReader(reader, runtime) if tier == "resident" else reader
+
+
+def choose_tier(count: int, image_size: int, *, remote: bool, resident_bytes: int = RESIDENT_BYTES) -> Tier:
+    """How so many images are read where nothing else is said."""
+    fits = count * 3 * image_size**2 <= resident_bytes
+    return "streaming" if remote else "resident" if fits else "random"
 
 
 def _stored_size(subset: Subset) -> int:

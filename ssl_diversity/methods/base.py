@@ -121,17 +121,21 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> Tensor:
         views = make_views(batch["images"], self.recipe.views, self.seed, batch["positions"])
+        loss = self.loss_of(views, batch["positions"])
+        self.last_loss = loss.detach()
+        return loss
+
+    def loss_of(self, views: list[Tensor], positions: Tensor) -> Tensor:
+        """`criterion(*forward(views, positions))`, the loss in float32 under any autocast."""
         # Fused attention's backward is slow on a CPU: with it, a step of MAE on vit-micro took 1.9 times as long.
         plain_attention = (
             sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
         )
         with plain_attention:
-            outputs = self.forward(views, batch["positions"])
+            outputs = self.forward(views, positions)
         with torch.autocast(self.device.type, enabled=False):
             outputs = tuple(output.float() for output in outputs)
-            loss = self.criterion(*(outputs if self.mean_over_samples else collectives.global_batch(outputs)))
-        self.last_loss = loss.detach()
-        return loss
+            return self.criterion(*(outputs if self.mean_over_samples else collectives.global_batch(outputs)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The recipe's optimiser; parameters of one dimension (biases, norms) form the second, undecayed group."""
@@ -192,9 +196,13 @@ class Method(pl.LightningModule):
             return loss
 
         optimizer.step(closure=closure)
+        self.update_teachers()
+        self.samples_seen += self.batch_size
+
+    def update_teachers(self) -> None:
+        """Move every teacher towards its student by the current step's rate."""
         for student, teacher in self.followers:
             update_momentum(student, teacher, self.ema_rate())
-        self.samples_seen += self.batch_size
 
     # State
 

@@ -16,7 +16,7 @@ from ssl_diversity.runtime import Runtime, device
 from ssl_diversity.sweep import claims, estimate, losses, provenance, slurm, store
 from ssl_diversity.sweep.claims import Claim
 from ssl_diversity.sweep.orders import Order
-from ssl_diversity.sweep.outlook import RESUMED, Clock, Neighbours
+from ssl_diversity.sweep.outlook import RESUMED, Clock, Libraries, Neighbours
 from ssl_diversity.sweep.profile import SlurmProfile
 from ssl_diversity.sweep.remaining import gave_up
 from ssl_diversity.sweep.task import Task, function
@@ -32,7 +32,9 @@ class Surroundings(Protocol):
     stop: Event
     signal: int
     log: str
+    place: str
     clock: Clock
+    libraries: Libraries
     neighbours: Neighbours
 
     def look_around(self) -> None: ...
@@ -50,6 +52,7 @@ class Attempts:
 
     def at(self, task: Task) -> bool:
         """Claim and run a task; False if another has it. Raises BrokenDevice, and OSError where the disk is full."""
+        self.worker.libraries.ready_for(task.kind)
         claim = claims.claim(
             task.folder,
             stale_s=self.profile.stale_s,
@@ -101,9 +104,10 @@ class Attempts:
             self.worker.look_around()
             files.write_json(path, {**state, "process": vars(claims.this_process())})
 
+        pace = estimate.Pace(lambda finished, total: state.update(done=finished, total=total))
         runtime = self.runtime(
             lambda: self.worker.stop.is_set() or claim.lost.is_set(),
-            progress=lambda finished, total: state.update(done=finished, total=total),
+            progress=pace,
             note=lambda text: state.update(note=text),
             group=self.worker.group if task.kind in SHARED else Group(),
         )
@@ -116,7 +120,8 @@ class Attempts:
                 seconds = time.time() - started
                 told = provenance.of(runtime, started, seconds, self.worker.log)
                 if store.publish(task, claim, {**value, "run": told}):
-                    estimate.record(task, value, seconds, device(self.profile.device), runtime.threads)
+                    each = pace.each(task.units) if task.kind in NAMED else 0.0
+                    estimate.record(task, value, seconds, self.worker.place, each)
                     self._say("done", task)
                 else:
                     self._say("taken over", task)

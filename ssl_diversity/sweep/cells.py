@@ -7,10 +7,12 @@ from typing import Any
 
 from ssl_diversity import budget
 from ssl_diversity.data.pool import Pool, Rows
+from ssl_diversity.data.reading import choose_tier
 from ssl_diversity.data.subset import PartSpec, Subset
 from ssl_diversity.data.windowed import layout_digest
 from ssl_diversity.distance.config import DistanceSpec
 from ssl_diversity.evaluation.config import ProbeSpec
+from ssl_diversity.files import digest
 from ssl_diversity.methods.recipe import Recipe
 from ssl_diversity.sweep import rows
 from ssl_diversity.sweep.config import SweepConfig
@@ -39,6 +41,7 @@ class Cell:
     seed: int
     replicate: int
     flops_per_sample: int | None
+    like: str = ""  # `Task.like` of its task
     waiting: str = ""
     subset: Subset | None = None
     task: Task | None = None
@@ -129,13 +132,15 @@ class Maker:
         group = ("pretrain", cell.method, cell.budget_asked)
         if group not in self._series:
             self._series[group] = Series("pretrain", self._cell_spec(cell, cell.recipe, values), values)
-        task = self._series[group].task(values, source.needs, f"pretrain {name}", units=samples)
+        task = self._series[group].task(
+            values, source.needs, f"pretrain {name}", units=samples, like=cell.like
+        )
         return cell.vary(
             seed=seed,
             replicate=replicate,
             subset=draw.subset,
             task=task,
-            probes=self._probes_of({"network": f"cell:{task.key}"}, task, name),
+            probes=self._probes_of(cell.backbone, {"network": f"cell:{task.key}"}, task, name),
             distances=self._distances[source.name],
             subset_distances=self._distances_of(source, n, replicate),
         )
@@ -160,9 +165,11 @@ class Maker:
             self._draws[key] = Draw(source.subset(n, replicate))
         return self._draws[key]
 
-    def _probes_of(self, network: dict[str, str], task: Task, of: str) -> dict[str, Task]:
+    def _probes_of(self, backbone: str, network: dict[str, str], task: Task, of: str) -> dict[str, Task]:
         return {
-            d.name: self._probes[d.name].task(network, (task, *d.tasks), f"probe {d.name} {of}")
+            d.name: self._probes[d.name].task(
+                network, (task, *d.tasks), f"probe {d.name} {of}", **probe_size(self.sweep, backbone, d)
+            )
             for d in self.downstream
         }
 
@@ -215,7 +222,9 @@ class Maker:
             )
             self._series["distance", d.name] = Series("distance", spec, values)
         label = f"distance {source.name} to {d.name}, {n} images from row {draw.specs[0].rows_start}"
-        return self._series["distance", d.name].task(values, source.needs + d.tasks, label)
+        return self._series["distance", d.name].task(
+            values, source.needs + d.tasks, label, units=n, like=distance_like(self.sweep)
+        )
 
     def _source_distances(self, sources: tuple[Source, ...]) -> dict[tuple[str, str], Task]:
         """Each source against each downstream set at one n, once every source is there to tell what it can be."""
@@ -234,11 +243,36 @@ class Maker:
         backbones = list(dict.fromkeys(sweep.backbone_of(method) for method in sweep.methods))
         for d in self.downstream:
             if "pixels" in sweep.baselines:
-                yield Baseline("pixels", "", None, d, self._baseline(d, "pixels"))
+                yield Baseline("pixels", "", None, d, self._baseline(d, "pixels", "pixels"))
             for backbone in backbones if "random" in sweep.baselines else []:
                 for seed in sweep.seeds:
                     network = f"random:{backbone}:{seed}"
-                    yield Baseline("random", backbone, seed, d, self._baseline(d, network))
+                    yield Baseline("random", backbone, seed, d, self._baseline(d, network, backbone))
 
-    def _baseline(self, d: Downstream, network: str) -> Task:
-        return self._probes[d.name].task({"network": network}, d.tasks, f"probe {d.name} {network}")
+    def _baseline(self, d: Downstream, network: str, backbone: str) -> Task:
+        size = probe_size(self.sweep, backbone, d)
+        return self._probes[d.name].task({"network": network}, d.tasks, f"probe {d.name} {network}", **size)
+
+
+def cell_like(sweep: SweepConfig, cell: Cell) -> str:
+    """What the rate of a cell's pretraining depends on; "" where its recipe or N is not known yet."""
+    recipe, n, size = cell.recipe, cell.unique_samples, sweep.image_size
+    if recipe is None or n is None:
+        return ""
+    work = digest([[view.model_dump() for view in recipe.views], recipe.params, recipe.optimizer])[:8]
+    tier = choose_tier(n, size, remote=any(pool.remote for pool in cell.source.pools))
+    decode = "" if tier == "resident" else f"/{sweep.decode}"
+    order = "windowed" if sweep.windowed else "global"
+    return f"{cell.method}/{cell.backbone}/{work}/{size}px/{sweep.precision}/batch{cell.batch_size}/{order}/{tier}{decode}"
+
+
+def probe_size(sweep: SweepConfig, backbone: str, d: Downstream) -> dict[str, Any]:
+    """`units` and `like` of a probe: it embeds and then learns on all images of the set."""
+    assert d.train is not None
+    assert d.test is not None
+    like = f"{backbone}/{sweep.image_size}px/{'+'.join(sweep.probes)}"
+    return {"units": d.train.size + d.test.size, "like": like}
+
+
+def distance_like(sweep: SweepConfig) -> str:
+    return f"{sweep.distance.extractor}/{sweep.encoding.size or sweep.image_size}px"

@@ -10,7 +10,7 @@ from ssl_diversity.data.pool import Pool
 from ssl_diversity.errors import UserError
 from ssl_diversity.generation import config as generation
 from ssl_diversity.generation.sampling import GenerateSpec
-from ssl_diversity.sweep import mixture
+from ssl_diversity.sweep import estimate, mixture
 from ssl_diversity.sweep.config import SweepConfig, given_pool, named_entry
 from ssl_diversity.sweep.supply import Supply, encoding_of, pool_of, prepare_task
 from ssl_diversity.sweep.task import Task
@@ -34,7 +34,12 @@ def supply(sweep: SweepConfig, name: str, recipe: generation.GeneratedRecipe) ->
             return Supply(name, (base,), None, encoding)
         generator = recipe.generator_spec(real)
         train = Task(
-            "train-generator", generator, (base,), label=f"train-generator {name}", units=generator.samples
+            "train-generator",
+            generator,
+            (base,),
+            label=f"train-generator {name}",
+            units=generator.samples,
+            like=estimate.likeness(generator),
         )
         before, trained = (base, train), (train.key, generator.rows_count)
         classes = real.info.classes if generator.class_conditional and not recipe.classes else None
@@ -69,15 +74,18 @@ def _labelled(sweep: SweepConfig, name: str) -> Pool | Task:
 def _sampled(name: str, spec: GenerateSpec, before: tuple[Task, ...], encoding: dict[str, Any]) -> Supply:
     """The chunks of n images as tasks, and the one that gathers them; a pool of fewer images grows."""
     parts = spec.samples()
+    like = estimate.likeness(parts[0])
+    of = f"of {len(parts)}"
     chunks = tuple(
-        Task("sample", part, before[-1:], label=f"sample {name}, part {i} of {len(parts)}", units=part.images)
+        Task("sample", part, before[-1:], None, f"sample {name}, part {i} {of}", units=part.images, like=like)
         for i, part in enumerate(parts, 1)
     )
     pool = Pool.open(spec.directory) if spec.written else None
     # that a pool is there does not say that it has grown: then the mark of its size does
     path = spec.directory / "pool.json"
     output = spec.mark if pool is None and path.exists() else path
-    gather = Task("generate", spec, chunks, output, f"generate {name}, {spec.n:,} images")
+    told, stored = f"generate {name}, {spec.n:,} images", f"{spec.size}px/{spec.codec}"
+    gather = Task("generate", spec, chunks, output, told, units=spec.n, like=stored)
     made = [*before, *chunks]
     if pool is not None:  # nothing is made again for a pool that is there
         made = [task for task in made if task.output or (task.folder / "result.json").exists()]

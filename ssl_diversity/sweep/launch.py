@@ -15,11 +15,11 @@ from rich.live import Live
 from ssl_diversity import files
 from ssl_diversity.budget import parse_budget
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import claims, fleet, flops, orders, slurm, status, store
+from ssl_diversity.sweep import claims, estimate, fleet, flops, orders, slurm, status, store
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Current, Order
 from ssl_diversity.sweep.plan import Plan
-from ssl_diversity.sweep.profile import Profile, SlurmProfile, visible_gpus
+from ssl_diversity.sweep.profile import Profile, SlurmProfile
 from ssl_diversity.sweep.record import remember
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.task import REPORT, function
@@ -179,6 +179,7 @@ def _watch(
     Without a crew, whoever started the workers looks after them.
     """
     name, profile = order.sweep.name, order.profile
+    where = estimate.place(profile)
     meter, count, hint = status.Meter(), 0, ""
     watching, done = status.Watch(**order.limits), Done()
     told, told_at, signalled, asked_at = "", time.monotonic(), False, float("-inf")
@@ -200,7 +201,7 @@ def _watch(
                     hint = f"the scheduler does not answer: {error}"
             rate = meter.rate(now.samples)
             workers = count if crew is not None else len(now.running)
-            remaining = status.seconds_left(plan, now, workers, device_of(profile), order.threads)
+            remaining = status.seconds_left(plan, now, workers, where)
             if live:
                 live.update(status.render(name, now, rate, remaining, hint), refresh=True)
             elif (
@@ -232,15 +233,18 @@ def _kept_up(
 
 def device_of(profile: Profile) -> str:
     """The device that measured rates are looked up for, without asking torch."""
-    return ("cuda" if visible_gpus() else "cpu") if profile.device == "auto" else profile.device
+    return profile.likely_device
 
 
-def _report(record: SweepConfig, order: Order) -> Any:
+def _report(record: SweepConfig, order: Order, cells: int) -> Any:
     """Write the report, after a worker that is about it."""
     while (claim := claims.claim(record.folder, stale_s=order.profile.stale_s)) is None:
         time.sleep(order.profile.poll_s)
     try:
-        with claim.heartbeat(order.profile.heartbeat_s):
+        with (
+            claim.heartbeat(order.profile.heartbeat_s),
+            estimate.timed("report", cells, estimate.place(order.profile)),
+        ):
             return function(REPORT)(record)
     finally:
         claim.release()
@@ -263,7 +267,7 @@ def _finish(record: SweepConfig, current: Current, order: Order, console: Consol
     now = status.snapshot(current.plan, **order.limits)
     if not now.complete and _disk_is_full():
         raise files.disk_full(store.store_dir())
-    page = f"; report: {_report(record, order)}" if with_report else ""
+    page = f"; report: {_report(record, order, len(current.plan.cells))}" if with_report else ""
     for task in now.left.failed[:SHOWN_FAILURES]:
         for text in status.failure_lines(task):
             console.print(text, style="red")

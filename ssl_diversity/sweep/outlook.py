@@ -2,12 +2,13 @@
 
 import contextlib
 import time
+from importlib import import_module
 
 from ssl_diversity.sweep import claims, estimate, slurm
 from ssl_diversity.sweep.claims import Holder
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.profile import SlurmProfile
-from ssl_diversity.sweep.task import Task
+from ssl_diversity.sweep.task import COMPUTES_WITH, Task
 
 RESUMED = frozenset(
     {"pretrain", "train-generator", "sample", "generate", "prepare"}
@@ -18,10 +19,10 @@ EARLY_S = 61.0  # SLURM may give its signal so much before its time
 class Clock:
     """How much of a worker's time is left."""
 
-    def __init__(self, order: Order, device: str) -> None:
-        self.device, self.threads, profile = device, order.threads, order.profile
+    def __init__(self, order: Order, place: str) -> None:
+        self.place, profile = place, order.profile
         self.ends, self.limit_s = float("inf"), float("inf")
-        self.known: estimate.Rates = {}
+        self.known = estimate.Times({})
         if isinstance(profile, SlurmProfile) and claims.this_job():
             left_s = slurm.seconds_left(claims.this_job())
             known_s = profile.time_min * 60.0 if left_s is None else left_s
@@ -35,16 +36,30 @@ class Clock:
     def look(self) -> None:
         """Read what tasks are known to take, for `has_time_for`."""
         if self.limit_s < float("inf"):
-            self.known = estimate.rates()
+            self.known = estimate.times()
 
     def has_time_for(self, task: Task) -> bool:
         """Whether it pays to begin: what can go on later needs a tenth of a worker's time, all else its own."""
         left_s = self.ends - time.monotonic()
         if left_s == float("inf"):
             return True
-        needed_s = estimate.seconds(task, self.known, self.device, self.threads)
+        needed_s = self.known.of(task, self.place)
         most_s = self.limit_s * (0.1 if task.kind in RESUMED else 0.9)
         return left_s >= min(needed_s or 0.0, most_s)
+
+
+class Libraries:
+    """What tasks compute with: imported before the first of a kind begins, so that no task's time holds it."""
+
+    def __init__(self, order: Order, place: str) -> None:
+        self.functions, self.place, self._ready = order.functions, place, set[str]()
+
+    def ready_for(self, kind: str) -> None:
+        if kind not in self._ready:
+            self._ready.add(kind)
+            with estimate.timed(f"imports {kind}", 1, self.place):
+                for module in COMPUTES_WITH.get(self.functions[kind], ()):
+                    import_module(module)
 
 
 class Neighbours:

@@ -16,7 +16,7 @@ from ssl_diversity.distance.config import extractor_digest
 from ssl_diversity.methods.flops import known_flops
 from ssl_diversity.methods.recipe import Recipe, load_recipe
 from ssl_diversity.sweep import sets
-from ssl_diversity.sweep.cells import Baseline, Cell, Maker
+from ssl_diversity.sweep.cells import Baseline, Cell, Maker, cell_like
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.sets import Downstream, Source
 from ssl_diversity.sweep.store import Done
@@ -131,6 +131,7 @@ def _cells(sweep: SweepConfig, sources: tuple[Source, ...], made: Maker) -> Iter
                     flops_per_sample=per_sample,
                     waiting=source.waiting or counted,
                 )
+                cell = cell.vary(like=cell_like(sweep, cell))
                 for seed in sweep.seeds:
                     yield made.cell(cell, seed, seed if sweep.replicates == "per-seed" else 0)
 

@@ -64,6 +64,16 @@ class Profile(Config):
         """Processes of one worker."""
         return self.ranks
 
+    @property
+    def likely_device(self) -> str:
+        """`device`, `auto` being the GPU where this machine has one; asks no driver."""
+        return ("cuda" if visible_gpus() else "cpu") if self.device == "auto" else self.device
+
+    @property
+    def gpus_of_worker(self) -> float:
+        """GPUs that one worker takes, where it is on GPUs."""
+        return float(self.world)
+
     def parameters(self, job_name: str) -> dict[str, Any]:
         """Arguments of submitit.AutoExecutor.update_parameters."""
         raise NotImplementedError
@@ -88,6 +98,13 @@ class LocalProfile(Profile):
         workers = max(1, automatic // self.ranks) if self.workers == "auto" else self.workers
         each = max(1, cores() // (workers * self.ranks))
         return workers, each if self.threads == "auto" else self.threads
+
+    @property
+    def gpus_of_worker(self) -> float:
+        seen = len(visible_gpus())
+        return (
+            min(self.world, seen / self.layout()[0]) if seen else float(self.world)
+        )  # workers may share one
 
     def parameters(self, job_name: str) -> dict[str, Any]:
         return {"name": job_name, "timeout_min": self.TIMEOUT_MIN, "tasks_per_node": self.ranks}
@@ -179,6 +196,10 @@ class SlurmProfile(Profile, Resources):
     @property
     def world(self) -> int:
         return self.nodes * self.ranks
+
+    @property
+    def gpus_of_worker(self) -> float:
+        return float(self.nodes * self.gpus) if self.gpus else float(self.world)
 
     def layout(self) -> tuple[int, int]:
         return self.workers, self.cpus

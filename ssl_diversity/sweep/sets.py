@@ -139,7 +139,7 @@ def _supply(sweep: SweepConfig, name: str, entry: Mapping[str, Any]) -> Supply:
             return generated.supply(sweep, name, generation.from_recipe(loaded, options))
         except UserError as error:
             raise UserError(f"sources.{name}: {error}") from None
-    task = prepare_task(spec)
+    task = prepare_task(spec, recipes.expected(recipe))
     return Supply(name, (task,), pool_of(task), encoding_of(spec))
 
 
@@ -149,7 +149,8 @@ def downstream(sweep: SweepConfig, name: str) -> Downstream:
         specs = sweep.downstream_specs(name)
     except UserError as error:
         raise UserError(f"downstream.{name}: {error}") from None
-    train, test = (prepare_task(spec) for spec in specs)
+    expected = recipes.expected(named_entry(sweep.downstream[name], name)[0])
+    train, test = (prepare_task(spec, expected) for spec in specs)
     return Downstream(name, (train, test), pool_of(train), pool_of(test), encoding_of(specs[0]))
 
 

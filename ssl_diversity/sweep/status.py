@@ -113,22 +113,22 @@ def _live() -> list[Running]:
     return found
 
 
-def seconds_left(plan: Plan, now: Snapshot, workers: int, device: str, threads: int) -> float | None:
-    """Estimated seconds until the end; None before any cell has been measured on such workers.
+def seconds_left(plan: Plan, now: Snapshot, workers: int, where: str) -> float | None:
+    """Estimated seconds until the end; None before any cell has been measured on such workers (`estimate.place`).
 
     A running task by its progress, others by what their like took, a cell whose like was never measured by
     the mean of those that were; cells that wait for their pool are counted in.
     """
-    known = estimate.rates()
+    known = estimate.times()
     started = {r.key: r for r in now.running}
-    typical = estimate.typical(known, device, threads)
+    typical = known.typical(where)
     total = 0.0
     for task in (*now.left.ready, *now.left.later):
         running = started.get(task.key)
         if running is not None and running.done:
             total += (time.time() - running.started) * (running.total / running.done - 1)
             continue
-        seconds = estimate.seconds(task, known, device, threads)
+        seconds = known.of(task, where)
         if seconds is None and task.kind == "pretrain":
             if typical is None:
                 return None
@@ -136,7 +136,7 @@ def seconds_left(plan: Plan, now: Snapshot, workers: int, device: str, threads: 
         total += seconds or 0.0
     for cell in plan.cells:
         if cell.waiting and cell.budget is not None:
-            seconds = estimate.cell_seconds(cell, plan.sweep, known, device, threads)
+            seconds = known.seconds(f"pretrain/{cell.like}", cell.budget, where)
             if seconds is None and typical is None:
                 return None
             total += typical * cell.budget if seconds is None else seconds  # type: ignore[operator]

@@ -1,5 +1,6 @@
 """A pool that a sweep draws from, and the tasks that make it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,16 @@ def encoding_of(spec: Any) -> dict[str, Any]:
     }
 
 
-def prepare_task(spec: PrepareSpec) -> Task:
+def prepare_task(spec: PrepareSpec, expected: Mapping[str, int] | None = None) -> Task:
+    """The task that makes a pool; `expected` is what its recipe says of the number of images (`recipes.expected`)."""
+    images = expected or {}
     return Task(
-        "prepare", spec, output=spec.directory / "pool.json", label=f"prepare {spec.name} {spec.split}"
+        "prepare",
+        spec,
+        output=spec.directory / "pool.json",
+        label=f"prepare {spec.name} {spec.split}",
+        units=images.get(spec.split, images.get("all", 0)),
+        like=f"{spec.source}/{spec.resize}/{spec.size}px/{spec.codec}",
     )
 
 

@@ -32,6 +32,13 @@ FUNCTIONS = {  # (spec, out, runtime) -> result; imported only where a task is r
     "probe": "ssl_diversity.evaluation.task:probe",
     "distance": "ssl_diversity.distance.task:distance",
 }
+COMPUTES_WITH = {  # what takes seconds to import: a worker does it once, so it is no task's own time
+    FUNCTIONS["train-generator"]: ("ssl_diversity.loop", "ssl_diversity.generation.diffusion"),
+    FUNCTIONS["sample"]: ("ssl_diversity.generation.diffusion",),
+    FUNCTIONS["pretrain"]: ("ssl_diversity.loop", "ssl_diversity.methods.base"),
+    FUNCTIONS["probe"]: ("torch",),
+    FUNCTIONS["distance"]: ("torch",),
+}
 _WRITE = JSONEncoder(allow_nan=False).encode
 REPORT = "ssl_diversity.report:write_report"  # (sweep) -> its page; a floor above, so known by name alone
 
@@ -41,11 +48,12 @@ class Task:
 
     `needs` are the tasks whose results it reads. `output` is a file outside the store (a pool's
     `pool.json`) whose presence says that the work is done, whoever did it. `label` is for people. `units` is
-    what its time is in proportion to: samples trained on, images made, or 1.
+    what its time grows with: samples trained on, images made or embedded, or 1 (0: not known yet); `like` is the
+    same for tasks whose time depends on `units` alone.
     The spec of a task out of a `Series` is made when it is first read: a base, but for some values.
     """
 
-    __slots__ = ("_spec", "_values", "key", "kind", "label", "needs", "output", "units")
+    __slots__ = ("_spec", "_values", "key", "kind", "label", "like", "needs", "output", "units")
 
     def __init__(
         self,
@@ -56,10 +64,12 @@ class Task:
         label: str = "",
         *,
         units: int = 1,
+        like: str = "",
         key: str = "",
         values: Mapping[str, Any] | None = None,
     ) -> None:
         self.kind, self.needs, self.output, self.label, self.units = kind, needs, output, label, units
+        self.like = f"{kind}/{like}"
         self._spec, self._values = spec, values
         self.key = key or files.digest(_identity(kind, self.spec.identity()))
 
@@ -93,13 +103,15 @@ class Series:
         self._head, *tails = text.encode().split(files.canonical(mark).encode())
         self._tails = list(zip(names, tails, strict=True))
 
-    def task(self, values: Mapping[str, Any], needs: tuple[Task, ...], label: str, *, units: int = 1) -> Task:
+    def task(
+        self, values: Mapping[str, Any], needs: tuple[Task, ...], label: str, *, units: int, like: str
+    ) -> Task:
         """The one with these values of the fields."""
         text = self._head
         for name, tail in self._tails:
             text += _json(values[name]) + tail
         key = files.bytes_digest(text)
-        return Task(self.kind, self.spec, needs, None, label, units=units, key=key, values=values)
+        return Task(self.kind, self.spec, needs, None, label, units=units, like=like, key=key, values=values)
 
 
 def _identity(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:

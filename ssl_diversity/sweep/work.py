@@ -14,10 +14,10 @@ from ssl_diversity.data.config import PrepareSpec
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.ranks import Group, PeerLost, Ranks, joined
 from ssl_diversity.runtime import Runtime, device
-from ssl_diversity.sweep import claims, fleet, losses, orders, slurm, store
+from ssl_diversity.sweep import claims, estimate, fleet, losses, orders, slurm, store
 from ssl_diversity.sweep.attempt import Attempts
 from ssl_diversity.sweep.orders import Current, Order
-from ssl_diversity.sweep.outlook import Clock, Neighbours
+from ssl_diversity.sweep.outlook import Clock, Libraries, Neighbours
 from ssl_diversity.sweep.plan import Plan
 from ssl_diversity.sweep.profile import SlurmProfile
 from ssl_diversity.sweep.record import remember
@@ -44,10 +44,10 @@ class Worker:
     def __call__(self) -> None:
         again = signal.getsignal(signal.SIGUSR2)  # submitit's: saves the job and asks for a requeue
         order = self.order or orders.latest(self.folder).of(*self.kind)
-        ranks = Ranks.current()
+        ranks, place = Ranks.current(), estimate.place(order.profile)
         self._take_gpus(ranks)
         with joined(ranks, ranks.place(device(order.profile.device)), _meeting()) as group:
-            run = Run(order, group)
+            run = Run(order, group, place)
             if not group.first:
                 return run.follow()
             run.lead()
@@ -88,15 +88,16 @@ class Worker:
 class Run:
     """What one rank of a worker does between its start and its end."""
 
-    def __init__(self, order: Order, group: Group | None = None) -> None:
-        self.group = group or Group()
+    def __init__(self, order: Order, group: Group | None = None, place: str = "") -> None:
+        self.group, self.place = group or Group(), place or estimate.place(order.profile)
+        self.libraries = Libraries(order, self.place)
         self.signal = 0
         self.unfinished = False  # whether it ends with work left that it has no time for
         self.share_done = False  # whether it ends because it has done as many tasks as it may
         self.stayed = 0  # how often it was idle for `linger_s` and nobody else could be sent
         self.stop = threading.Event()
         self.log = _log()
-        self.clock = Clock(order, device(order.profile.device))
+        self.clock = Clock(order, self.place)
         self.neighbours = Neighbours(order)
         self._take(order)
 
@@ -160,6 +161,8 @@ class Run:
     def _loop(self) -> None:
         current, done = Current(self.order.sweep, self.order.skip), Done()
         remaining = Remaining(**self.order.limits)
+        if self.order.submitter is not None:
+            estimate.note("start", estimate.Measured(1, claims.file_time() - self.order.since), self.place)
         idle_since, hiccups = time.monotonic(), 0
         while True:
             if self._adopt():
@@ -177,7 +180,7 @@ class Run:
                 if rest.over:
                     self._dismiss()
                     if self.order.with_report:
-                        self._report()
+                        self._report(len(plan.cells))
                     return
                 if plan is not before or self.neighbours.due():
                     self._keep_up(plan, rest, new=plan is not before)
@@ -268,13 +271,13 @@ class Run:
             with contextlib.suppress(slurm.NoAnswer):
                 fleet.Slurm(self.order, Worker).dismiss()
 
-    def _report(self) -> None:
+    def _report(self, cells: int) -> None:
         """The report, by one worker at a time: what another would add now, it has read already."""
         claim = claims.claim(self.order.sweep.folder, stale_s=self.profile.stale_s)
         if claim is None:
             return
         try:
-            with claim.heartbeat(self.profile.heartbeat_s):
+            with claim.heartbeat(self.profile.heartbeat_s), estimate.timed("report", cells, self.place):
                 function(REPORT)(remember(self.order.sweep, ended=True, tell=print))
         finally:
             claim.release()

@@ -4,11 +4,12 @@
 
 The peer is what one writes from lightly's documentation: its SimCLRTransform, a torchvision ImageFolder and a
 DataLoader with two persistent workers, SimCLRProjectionHead, NTXentLoss, and Lightning's Trainer; the backbone,
-the optimiser (LARS) and the batch size are ours. It runs at its default precision (float32), ours at float32 and bf16.
+the optimiser (LARS) and the batch size are ours. Both run at float32, the peer's default, and at bf16, ours.
 Without --images, patches of scikit-learn's two photographs are used.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -19,20 +20,16 @@ import torch
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from training_cells import Setting, photo_pool, prefix
 
-from ssl_diversity import loop, methods
 from ssl_diversity.backbones import build_backbone
-from ssl_diversity.data import recipes
-from ssl_diversity.data.order import GlobalOrder
 from ssl_diversity.data.pool import Pool
-from ssl_diversity.data.prepare import prepare
-from ssl_diversity.data.reading import open_reader
-from ssl_diversity.data.subset import Subset
 from ssl_diversity.methods.optim import LARS
-from ssl_diversity.methods.recipe import load_recipe
-from ssl_diversity.runtime import Runtime
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class LightlySimCLR(pl.LightningModule):
@@ -64,40 +61,26 @@ class Clock(pl.Callback):
         self.seconds = time.perf_counter() - self.start
 
 
-def lightly_rate(folder: Path, args: argparse.Namespace) -> float:
+def lightly_rate(folder: Path, args: argparse.Namespace, precision: str) -> float:
     dataset = ImageFolder(str(folder), transform=SimCLRTransform(input_size=args.size))
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=args.batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
     )
     clock = Clock()
     trainer = pl.Trainer(
-        max_steps=args.steps + clock.skip, accelerator="cpu", callbacks=[clock], logger=False,
+        max_steps=args.steps + clock.skip, accelerator="cpu", precision=precision, callbacks=[clock], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(LightlySimCLR(args.backbone, args.size), loader)
     return args.steps * args.batch / clock.seconds
 
 
-def our_rate(pool: Pool, args: argparse.Namespace, precision: str, out: Path) -> float:
+def our_rate(pool: Pool, args: argparse.Namespace, precision: str) -> float:
+    setting = Setting(args.backbone, size=args.size, batch=args.batch, precision=precision)
+
     def seconds(steps: int) -> float:
-        budget = steps * args.batch
-        recipe = load_recipe("simclr", "small", budget_samples=budget, image_size=args.size, overrides={})
-        module = methods.build(
-            "simclr", backbone=args.backbone, image_size=args.size, recipe=recipe,
-            budget=budget, batch_size=args.batch, seed=0,
-        )  # fmt: skip
-        n = min(pool.size, 2048)
-        order = GlobalOrder(n, args.batch, 0, max(n, budget))
-        order.steps = steps
-        return loop.fit(
-            module,
-            order=order,
-            reader=open_reader(Subset(((pool, pool.rows(n)),)), order=order),
-            out=out,
-            runtime=Runtime(threads=torch.get_num_threads()),
-            precision=precision,
-            checkpoint_samples=10**12,
-        ).seconds
+        order = setting.order(args.batch * min(2048 // args.batch, pool.size // args.batch), steps)
+        return setting.fit(setting.module("simclr", steps), order, prefix(pool, order.unique_samples)).seconds
 
     few, many = 3, args.steps + 3  # the difference leaves the warm-up out, as for the peer
     return args.steps * args.batch / (seconds(many) - seconds(few))
@@ -115,29 +98,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        import os
-
         os.environ["SSL_DIVERSITY_HOME"] = temporary
-        source, options = ("folder", {"path": args.images}) if args.images else ("photo_patches", {})
-        pool = prepare(recipes.resolve(source, options, defaults={"size": args.size}), processes=2)
+        pool = photo_pool(args.size, args.images)
         folder = Path(temporary) / "files" / "all"
         folder.mkdir(parents=True)
-        from PIL import Image
-
         for row, image in enumerate(pool.images(range(min(pool.size, 2048)))):
             Image.fromarray(image).save(folder / f"{row}.png")
-        rates: dict[str, list[float]] = {"lightly, float32": [], "ours, float32": [], "ours, bf16": []}
+        rates: dict[str, list[float]] = {f"{who}, {p}": [] for who in ("lightly", "ours") for p in PRECISIONS}
         for _ in range(args.rounds):
-            rates["lightly, float32"].append(lightly_rate(folder.parent, args))
-            rates["ours, float32"].append(our_rate(pool, args, "32-true", Path(temporary)))
-            rates["ours, bf16"].append(our_rate(pool, args, "bf16-mixed", Path(temporary)))
-    peer = rates["lightly, float32"]
+            for precision in PRECISIONS:
+                rates[f"lightly, {precision}"].append(lightly_rate(folder.parent, args, precision))
+                rates[f"ours, {precision}"].append(our_rate(pool, args, precision))
     print(
         f"SimCLR, {args.backbone}, {args.size} px, batch {args.batch}, {torch.get_num_threads()} threads, {args.rounds} rounds"
     )
     for name, values in rates.items():
-        ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
-        print(f"{name:18} {statistics.median(values):8.1f} samples/s   ratio {ratio:.2f}")
+        ratios = " ".join(
+            f"{statistics.median(v / p for v, p in zip(values, rates[f'lightly, {precision}'], strict=True)):22.2f}"
+            for precision in PRECISIONS
+        )
+        print(
+            f"{name:20} {statistics.median(values):8.1f} samples/s   to lightly's at {' and '.join(PRECISIONS)}: {ratios}"
+        )
 
 
 if __name__ == "__main__":

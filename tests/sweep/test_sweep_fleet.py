@@ -309,7 +309,7 @@ def test_a_worker_with_too_little_time_left_begins_nothing_and_comes_back(
     now = order(small, profile(time_min=60, signal_delay_s=60, successors=False))
     task = next(task for task in rest(now).ready if task.kind == "probe")
     for ready in rest(now).ready:
-        estimate.record(ready, {"samples_seen": 256, "train_seconds": 1500.0}, 1500.0, "cpu", 1)
+        estimate.record(ready, {}, 1500.0, estimate.place(now.profile))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     idle.put(7, "RUNNING", started=time.time())
     run = Run(now)

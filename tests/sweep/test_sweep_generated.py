@@ -113,10 +113,10 @@ def test_classes_of_a_pool_or_a_file_but_not_of_a_folder(
 
 def test_what_was_there_is_no_measure_of_speed(pipeline: Path) -> None:
     task = plan(pipeline, 20).tasks[0]
-    estimate.record(task, {"made": 0}, 0.001, "cpu", 1)
-    assert estimate.seconds(task, estimate.rates(), "cpu", 1) is None
-    estimate.record(task, {"made": 10}, 5.0, "cpu", 1)
-    assert estimate.seconds(task, estimate.rates(), "cpu", 1) == 10.0
+    estimate.record(task, {"made": 0}, 0.001, "here")
+    assert estimate.times().of(task, "here") is None
+    estimate.record(task, {"made": 10}, 5.0, "here")
+    assert estimate.times().of(task, "here") == 10.0
 
 
 def test_a_damaged_pool_is_a_line(pipeline: Path) -> None:

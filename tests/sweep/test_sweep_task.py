@@ -81,7 +81,10 @@ def test_a_task_of_a_series_is_the_task_made_alone(fields: set[str], data: st.Da
     given_values = st.fixed_dictionaries({name: (PLAIN | DOES_NOT)[name] for name in (*fields, "parts")})
     series = Series("pretrain", SPEC.model_copy(update=data.draw(given_values)), {*fields, "parts"})
     values = data.draw(given_values)
-    made, alone = series.task(values, (), ""), Task("pretrain", SPEC.model_copy(update=values))
+    made, alone = (
+        series.task(values, (), "", units=1, like=""),
+        Task("pretrain", SPEC.model_copy(update=values)),
+    )
     assert (made.id, made.spec, made.folder) == (alone.id, alone.spec, alone.folder)
 
 
