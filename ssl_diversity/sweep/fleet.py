@@ -173,11 +173,12 @@ class Slurm:
         """
         found: dict[str, Kind] = {}
         waits: set[str] = set()
+        laid = {path.name for path in (self.order.sweep.folder / "logs").glob("*/*")}
         for job in slurm.live():
             parts = job.comment.split("/")
             if len(parts) != 5 or "/".join(parts[:2]) != self.tag:
                 continue
-            if not any((self.order.sweep.folder / "logs").glob(f"*/{parts[4]}")):
+            if parts[4] not in laid:
                 if tidy:
                     slurm.cancel_quietly(job.name)
                 continue

@@ -129,7 +129,8 @@ def newer(order: Order) -> Order:
     """
     with contextlib.suppress(OSError, UserError):
         found = latest(order.sweep.folder)
-        if found.since > order.since and order.worker_class in found.profile.classes_of_workers:
+        alike = found.profile.executor == order.profile.executor
+        if alike and found.since > order.since and order.worker_class in found.profile.classes_of_workers:
             return found.of(order.worker_class, order.mem_gb)
     return order
 

@@ -43,7 +43,15 @@ class Worker:
 
     def __call__(self) -> None:
         again = signal.getsignal(signal.SIGUSR2)  # submitit's: saves the job and asks for a requeue
-        order = self.order or orders.latest(self.folder).of(*self.kind)
+        order = self.order or orders.latest(self.folder)
+        if self.order is None:
+            if (
+                not isinstance(order.profile, SlurmProfile)
+                or self.kind[0] not in order.profile.classes_of_workers
+            ):
+                print(f"the latest run of {order.sweep.name} wants no such worker: leaving", flush=True)
+                return
+            order = order.of(*self.kind)
         ranks, place = Ranks.current(), estimate.place(order.profile)
         self._take_gpus(ranks)
         with joined(ranks, ranks.place(device(order.profile.device)), _meeting()) as group:
