@@ -16,12 +16,12 @@ from slurm_cluster import Cluster
 from slurm_sweeps import Submitter, profile
 
 FAULTS = 20
-EVERY_S = (2.0, 6.0)
+EVERY_S = (0.5, 3.0)
 SWEEP = [
     "sources=[digits,photo_patches]",
     "methods=[simclr,dino,mae]",
     "unique_samples=[64,512]",
-    "budget=24576",
+    "budget=40960",
     "checkpoint_samples=512",
 ]
 
