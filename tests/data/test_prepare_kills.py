@@ -67,7 +67,7 @@ def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_killed_worker_and_ctrl_c_end_all_processes_and_keep_finished_parts(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
-    script.write_text(KILLED)
+    script.write_text(KILLED.replace("= 40", "= 8"))  # many parts, to be in time
     directory = recipes.resolve("digits").directory
     work = directory.with_name(f".{directory.name}.work")
 
