@@ -104,6 +104,7 @@ class Maker:
         self.sweep, self.downstream, self.extractor = sweep, downstream, extractor
         self._probes = {d.name: Series("probe", self._probe_spec(d), {"network"}) for d in downstream}
         self._series: dict[tuple[str, ...], Series] = {}
+        self._sizes: dict[str, list[tuple[Downstream, dict[str, Any]]]] = {}  # of probes, by backbone
         self._draws: dict[tuple[str, int, int], Draw] = {}
         self._subset_distances: dict[tuple[str, int, int], dict[str, Task]] = {}
         self.distances = self._source_distances(sources)
@@ -166,11 +167,11 @@ class Maker:
         return self._draws[key]
 
     def _probes_of(self, backbone: str, network: dict[str, str], task: Task, of: str) -> dict[str, Task]:
+        if backbone not in self._sizes:
+            self._sizes[backbone] = [(d, probe_size(self.sweep, backbone, d)) for d in self.downstream]
         return {
-            d.name: self._probes[d.name].task(
-                network, (task, *d.tasks), f"probe {d.name} {of}", **probe_size(self.sweep, backbone, d)
-            )
-            for d in self.downstream
+            d.name: self._probes[d.name].task(network, (task, *d.tasks), f"probe {d.name} {of}", **size)
+            for d, size in self._sizes[backbone]
         }
 
     def _probe_spec(self, d: Downstream) -> ProbeSpec:
