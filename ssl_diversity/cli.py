@@ -289,12 +289,11 @@ def generate(
 def _verify_generated(supply: Any, count: int, where: Any) -> int:
     """The exit status: 1 where an image came out differently."""
     from ssl_diversity.generation.assembly import verify
-    from ssl_diversity.sweep.launch import device_of
 
     if supply.pool is None:
         raise UserError(f"{supply.name}: not made yet; run the same command without --verify first")
     with progress_bar(f"verify {supply.name}") as bar:
-        runtime = Runtime(device_of(where), where.layout()[1], progress=bar, note=bar.note)
+        runtime = Runtime(where.likely_device, where.layout()[1], progress=bar, note=bar.note)
         found = verify(supply.tasks[-1].spec, count, runtime)
     out.print(mapping(found))
     return 0 if found["equal"] == found["images"] else 1

@@ -47,7 +47,6 @@ def profile(
     ssl-diversity profile cifar10 method=mae backbone=vit-s batch_size=256 --device cuda
     """
     from ssl_diversity import profiling
-    from ssl_diversity.sweep import launch
     from ssl_diversity.sweep.profile import load_profile
 
     texts = [*([sweep] if "=" in sweep else []), *(overrides or [])]
@@ -60,7 +59,7 @@ def profile(
     for cell in _cells("quickstart" if "=" in sweep else sweep, texts, profile):
         with progress_bar(f"profile {cell.method}") as bar:
             runtime = Runtime(
-                launch.device_of(profile),
+                profile.likely_device,
                 threads or profile.layout()[1],
                 progress=bar,
                 cache_bytes=profile.cache_bytes,

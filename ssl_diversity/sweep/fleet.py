@@ -107,7 +107,7 @@ class Slurm:
     where its logs lie."""
 
     def __init__(self, order: Order, work: Work) -> None:
-        profile = order.whole or order.profile
+        profile = order.given
         assert isinstance(profile, SlurmProfile)
         self.order, self.work, self.profile = order, work, profile
         self.folder = order.sweep.folder / "jobs"
@@ -205,7 +205,7 @@ class Slurm:
             if open_ and time.time() - record["sent"] > JUST_SENT_S:
                 told = slurm.last_ends(path.stem)
                 record["ended"] |= {
-                    i: told.get(names[i]) or slurm.last_end(names[i]) or "UNKNOWN" for i in open_
+                    i: told.get(names[i]) or slurm.state(names[i]) or "UNKNOWN" for i in open_
                 }
                 files.write_json(path, record)
             if record["since"] >= self.order.since:
@@ -334,7 +334,7 @@ def ended(logs: Path) -> bool:
 def _more(order: Order) -> float | None:
     """GiB of these workers, where that is more than their class asks for."""
     mine = getattr(order.profile, "mem_gb", None)
-    usual = getattr((order.whole or order.profile).of(order.worker_class), "mem_gb", None)
+    usual = getattr(order.given.of(order.worker_class), "mem_gb", None)
     return mine if mine != usual else None
 
 

@@ -231,11 +231,6 @@ def _kept_up(
     return count, crew.told
 
 
-def device_of(profile: Profile) -> str:
-    """The device that measured rates are looked up for, without asking torch."""
-    return profile.likely_device
-
-
 def _report(record: SweepConfig, order: Order, cells: int) -> Any:
     """Write the report, after a worker that is about it."""
     while (claim := claims.claim(record.folder, stale_s=order.profile.stale_s)) is None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,15 @@ class Order:
 
     def of(self, name: str, mem_gb: float | None = None) -> "Order":
         """For workers of one class, with more memory than it asks for where so much is given."""
-        whole = self.whole or self.profile
-        own = whole.of(name)
+        own = self.given.of(name)
         if mem_gb is not None:
             own = own.model_copy(update={"mem_gb": mem_gb})
-        return replace(self, profile=own, threads=own.layout()[1], worker_class=name, whole=whole)
+        return replace(self, profile=own, threads=own.layout()[1], worker_class=name, whole=self.given)
+
+    @property
+    def given(self) -> Profile:
+        """The profile as the run was given it, with all its classes."""
+        return self.whole or self.profile
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -61,7 +66,11 @@ class Order:
 
     def takes(self, task: Task) -> bool:
         """Whether a task is for workers of this class."""
-        return task.kind in (self.whole or self.profile).classes_of_workers[self.worker_class]
+        return task.kind in self._kinds
+
+    @cached_property
+    def _kinds(self) -> frozenset[str]:
+        return self.given.classes_of_workers[self.worker_class]
 
     @property
     def mem_gb(self) -> float | None:
@@ -87,8 +96,11 @@ def _mark(sweep: SweepConfig, when: float) -> None:
 
 def keep(order: Order) -> None:
     """Remember the latest run, for those who join it: its workers, `status --watch`, `cancel`."""
-    whole = order.whole or order.profile
-    record = {"since": order.since, "skip": sorted(order.skip), "profile": whole.model_dump(mode="json")}
+    record = {
+        "since": order.since,
+        "skip": sorted(order.skip),
+        "profile": order.given.model_dump(mode="json"),
+    }
     record |= {"sweep": order.sweep.model_dump(mode="json"), "with_report": order.with_report}
     if not (order.sweep.folder / "cancelled").exists():
         _mark(order.sweep, 0.0)  # a file server may go on saying for a while that there is none

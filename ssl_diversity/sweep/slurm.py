@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 ANSWER_S = 30.0  # how long a command may take
@@ -84,31 +84,28 @@ def last_end(job: str) -> str:
 
     From the accounting where there is one, which knows of runs before a requeue, else from the controller.
     """
-    with contextlib.suppress(NoAnswer):
-        told = ask(
-            "sacct", "--jobs", job, "--duplicates", "--allocations", "--noheader", "--parsable2", "-oState"
-        )
-        ended = [line.split()[0] for line in told.splitlines() if line.strip()]
-        ended = [state for state in ended if state not in ALIVE or state == "REQUEUED"]
-        if ended:
-            return ended[-1]
-    with contextlib.suppress(NoAnswer):
-        fields = shown("job", job)
-        state = fields.get("JobState", "")
-        return "REQUEUED" if state in ALIVE and fields.get("Restarts", "0") != "0" else state
-    return ""
+    return last_ends(job).get(job) or state(job)
 
 
-def last_ends(array: str) -> dict[str, str]:
-    """As `last_end` of all elements of an array that the accounting knows to have ended, by name."""
+def last_ends(jobs: str) -> dict[str, str]:
+    """How the latest run of a job, or of every element of an array, ended, by name: what the accounting knows."""
     found: dict[str, str] = {}
     with contextlib.suppress(NoAnswer):
         words = ("--duplicates", "--allocations", "--noheader", "--parsable2", "-oJobID,State")
-        for line in ask("sacct", "--jobs", array, *words).splitlines():
-            name, _, state = line.partition("|")
-            if state and (state.split()[0] not in ALIVE or state.split()[0] == "REQUEUED"):
-                found[name] = state.split()[0]
+        for line in ask("sacct", "--jobs", jobs, *words).splitlines():
+            name, _, told = line.partition("|")
+            if told and (told.split()[0] not in ALIVE or told.split()[0] == "REQUEUED"):
+                found[name] = told.split()[0]
     return found
+
+
+def state(job: str) -> str:
+    """The controller's word on a job; REQUEUED where it waits or runs again, "" if unknown."""
+    with contextlib.suppress(NoAnswer):
+        fields = shown("job", job)
+        told = fields.get("JobState", "")
+        return "REQUEUED" if told in ALIVE and fields.get("Restarts", "0") != "0" else told
+    return ""
 
 
 def shown(what: str, name: str) -> Mapping[str, str]:
@@ -153,15 +150,18 @@ def rename(job: str, name: str) -> None:
 
 def cancel(jobs: Sequence[str], *, pending_only: bool = False) -> None:
     """Raises NoAnswer."""
-    for first in range(0, len(jobs), 100):
-        ask("scancel", *(["--state=PENDING"] if pending_only else []), *jobs[first : first + 100])
+    _scancel(jobs, *(["--state=PENDING"] if pending_only else []))
 
 
-def tell(jobs: Iterable[str], signal: str) -> None:
+def tell(jobs: Sequence[str], signal: str) -> None:
     """Send a signal to the processes of jobs that run."""
-    for job in jobs:
-        with contextlib.suppress(NoAnswer):
-            ask("scancel", f"--signal={signal}", job)
+    with contextlib.suppress(NoAnswer):
+        _scancel(jobs, f"--signal={signal}")
+
+
+def _scancel(jobs: Sequence[str], *options: str) -> None:
+    for first in range(0, len(jobs), 100):
+        ask("scancel", *options, *jobs[first : first + 100])
 
 
 def cancel_quietly(job: str) -> None:

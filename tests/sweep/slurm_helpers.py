@@ -12,6 +12,8 @@ from typing import Any
 import fake_slurm
 from fake_slurm import ACTIVE, COMMANDS, Job, new_job, remembered, replace
 
+from ssl_diversity.sweep.profile import SlurmProfile
+
 SETTINGS: dict[str, Any] = {
     "slots": 2,  # jobs at a time
     "max_array": 1001,
@@ -30,6 +32,20 @@ SETTINGS: dict[str, Any] = {
     "qos": "normal|\n",
     "test_only": "",  # what `sbatch --test-only` objects
 }
+
+
+def quick_profile(**changed: Any) -> SlurmProfile:
+    """Workers of one thread that look around often."""
+    quick = {
+        "poll_s": 0.1,
+        "heartbeat_s": 0.2,
+        "linger_s": 20,
+        "stale_s": 30,
+        "ask_s": 0.5,
+        "submit_patience_s": 20,
+    }
+    own = {"executor": "slurm", "time_min": 60, "cpus": 1, "device": "cpu"}
+    return SlurmProfile.model_validate({**own, **quick, **changed})
 
 
 class Scheduler:

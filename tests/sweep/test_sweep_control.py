@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sweep_fakes
 from rich.console import Console
-from slurm_helpers import Scheduler
+from slurm_helpers import Scheduler, quick_profile
 
 from ssl_diversity.cli import main
 from ssl_diversity.errors import UserError
@@ -30,17 +30,7 @@ pytestmark = pytest.mark.usefixtures("fakes", "pools")
 
 
 def profile(**changed: Any) -> SlurmProfile:
-    fast = {
-        "poll_s": 0.1,
-        "heartbeat_s": 0.2,
-        "linger_s": 20,
-        "stale_s": 30,
-        "ask_s": 0.5,
-        "submit_patience_s": 20,
-    }
-    return SlurmProfile.model_validate(
-        {"executor": "slurm", "workers": 3, "time_min": 60, "cpus": 1, "device": "cpu", **fast, **changed}
-    )
+    return quick_profile(**{"workers": 3, **changed})
 
 
 def kept(sweep: SweepConfig, profile: Profile) -> Order:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sweep_fakes
 from rich.console import Console
-from slurm_helpers import Scheduler
+from slurm_helpers import Scheduler, quick_profile
 
 from ssl_diversity import files
 from ssl_diversity.errors import UserError
@@ -33,17 +33,7 @@ pytestmark = pytest.mark.usefixtures("fakes")
 
 
 def profile(**changed: Any) -> SlurmProfile:
-    fast = {
-        "poll_s": 0.1,
-        "heartbeat_s": 0.2,
-        "linger_s": 20,
-        "stale_s": 30,
-        "ask_s": 0.5,
-        "submit_patience_s": 20,
-    }
-    return SlurmProfile.model_validate(
-        {"executor": "slurm", "workers": 10, "time_min": 60, "cpus": 1, "device": "cpu", **fast, **changed}
-    )
+    return quick_profile(**{"workers": 10, **changed})
 
 
 def order(sweep: SweepConfig, profile: SlurmProfile) -> Order:
