@@ -240,6 +240,15 @@ start_accounting() {
 
 controller_answers() { scontrol ping | grep -q 'is UP'; }
 nodes_ready() { [ "$(sinfo -h -N -p main -o %t | grep -cE '^(idle|mix|alloc|comp)$')" = "$NODES" ]; }
+# A node whose slurmd came back while the controller was busy may stay down until the next ping: ask for it.
+nodes_return() {
+  local node
+  nodes_ready && return
+  for node in $(sinfo -h -N -p main -o '%N %t' | awk '$2 ~ /^down/ {print $1}'); do
+    scontrol update nodename="$node" state=resume || true
+  done
+  return 1
+}
 
 start_slurm() {
   local node
@@ -249,7 +258,7 @@ start_slurm() {
     mkdir -p "$ROOT/spool/$node"
     alive "slurmd.$node" || slurmd -N "$node" </dev/null >>"$ROOT/log/slurmd.$node.log" 2>&1
   done
-  wait_for "slurmd (not all of $NODES nodes)" 30 nodes_ready
+  wait_for "slurmd (not all of $NODES nodes)" 90 nodes_return
 }
 
 up() {
