@@ -87,22 +87,21 @@ class Remaining:
         self._ready: list[int] = []  # ascending, failed ones among them
         self._missing: dict[int, int] = {}  # how many needs are not done, where any are; ascending
         self._behind: dict[Name, list[int]] = defaultdict(list)  # what waits for a task
-        for task in plan.tasks:
+        needs = dict.fromkeys(need for task in plan.tasks for need in task.needs)
+        for task in (*plan.tasks, *needs):
             if task.output is None:
                 self._keys[task.kind].add(task.key)
             else:
                 self._outputs[task] = task in done
         self._found = {kind: keys & done.keys(kind) for kind, keys in self._keys.items()}
         found = set[str]().union(*self._found.values())
-        waited: dict[Task, Name | None] = {}  # need -> its name unless it is done
+        waited = {need: None if need in done else _name(need) for need in needs}
         for number, task in enumerate(plan.tasks):
             if task.key in found if task.output is None else self._outputs[task]:
                 continue
             self._number[_name(task)] = number
             missing = 0
             for need in task.needs:
-                if need not in waited:
-                    waited[need] = self._waited(need, done)
                 if name := waited[need]:
                     missing += 1
                     self._behind[name].append(number)
@@ -110,16 +109,6 @@ class Remaining:
                 self._missing[number] = missing
             else:
                 self._ready.append(number)
-
-    def _waited(self, need: Task, done: Done) -> Name | None:
-        if need in done:
-            return None
-        if need.output is not None:
-            self._outputs[need] = False
-        elif need.key not in self._keys[need.kind]:
-            self._keys[need.kind].add(need.key)
-            self._found.setdefault(need.kind, set())
-        return _name(need)
 
     def _go_on(self, done: Done) -> bool:
         """Whether it could: not where something is no longer done."""

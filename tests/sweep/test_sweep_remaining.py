@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ssl_diversity.sweep import config, store
@@ -79,6 +79,7 @@ EVENTS = st.tuples(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(EVENTS, max_size=25))
+@example(events=[("done", 12, False), ("undone", 12, False)])  # a need that is not in the plan
 def test_every_look_is_the_one_that_asks_anew(home: Path, events: list[tuple[str, int, bool]]) -> None:
     shutil.rmtree(store_dir(), ignore_errors=True)
     shutil.rmtree(home / "pools", ignore_errors=True)
