@@ -3,12 +3,14 @@
 #   make probe SWEEP=quickstart DOWNSTREAM=~/pets add a labelled folder to a finished sweep
 #   make slurm-up | slurm-status | slurm-down     a SLURM cluster on this machine (root), for PROFILE=slurm-dev
 #   make test | make test-slow | make lint        the checks that CI runs
+#   make bench | make bench DEVICE=cuda           the table of ratios, kept in docs/benchmarks.md; ARGS='--only step'
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SWEEP ?= quickstart
 PROFILE ?= local
 BUDGET ?=
 DOWNSTREAM ?=
+DEVICE ?= cpu
 ARGS ?=
 
 BIN := .venv/bin
@@ -16,7 +18,7 @@ READY := .venv/.ready
 RUN := $(BIN)/ssl-diversity
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup sweep plan probe status report slurm-up slurm-down slurm-status test test-slow lint bench clean
+.PHONY: setup sweep plan probe status report slurm-up slurm-down slurm-status test test-slow lint bench bench-data clean
 
 setup: $(READY)
 
@@ -60,8 +62,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
+	$(BIN)/python tests/benchmarks/run_all.py --device $(DEVICE) $(ARGS)
+
+bench-data: $(READY)
 	$(BIN)/python tests/benchmarks/bench_views.py
-	$(BIN)/python tests/benchmarks/bench_training.py --steps 4
 	$(BIN)/python tests/benchmarks/bench_index.py --rows 1e8
 	$(BIN)/python tests/benchmarks/bench_prepare.py --images 2000000 --memory-gb 2 --kill
 

@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import ratios
 import torch
 from scipy import stats
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    ratios.add_option(parser)
     return parser
 
 
@@ -102,6 +104,7 @@ def main() -> None:
             f"{train.name}, {args.backbone}, {args.size} px, C = {args.budget}, N = {min(args.unique, train.size)}, "
             f"batch {args.batch}, {args.seeds} seeds, {test.size} test images"
         )
+        rows = []
         for method in args.methods:
             found = {
                 path: [accuracies(method, precision, seed, (train, test), args) for seed in range(args.seeds)]
@@ -112,12 +115,18 @@ def main() -> None:
                 differences = [a - b for a, b in zip(optimised, plain, strict=True)]
                 mean = statistics.mean(differences)
                 half = stats.t.ppf(0.975, args.seeds - 1) * statistics.stdev(differences) / args.seeds**0.5
+                rows.append(
+                    ratios.Row(
+                        f"{method}, {probe}", mean, "points", mean - half, mean + half, at_least=-1, below=1
+                    )
+                )
                 print(
                     f"{method:12} {probe:6} optimised {statistics.mean(optimised):.2f} plain {statistics.mean(plain):.2f} "
                     f"difference {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) points; "
                     f"by seed {' '.join(f'{d:+.2f}' for d in differences)}",
                     flush=True,
                 )
+    ratios.write(args.json, rows)
 
 
 if __name__ == "__main__":

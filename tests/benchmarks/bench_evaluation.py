@@ -16,6 +16,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import ratios
 import torch
 from training_cells import Setting, photo_pool, prefix
 
@@ -41,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=int, default=50_000, help="labelled images")
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--share", type=int, default=10, help="measure on one in so many")
+    parser.add_argument("--share", type=int, default=10, help="probes: measure on one in so many")
+    parser.add_argument("--embedded", type=int, default=1024, help="features: measure on so many images")
+    parser.add_argument("--steps", type=int, default=4, help="training: measure on so many steps")
+    ratios.add_option(parser)
     return parser
 
 
@@ -69,8 +73,7 @@ def main() -> None:
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
     setting = Setting(args.backbone, recipe=args.recipe, size=args.size, batch=args.batch, device=args.device)
-    steps = 4
-    images = np.random.default_rng(0).integers(0, 256, (1024, args.size, args.size, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (args.embedded, args.size, args.size, 3), np.uint8)
     network = random_network(args.backbone, 0, args.size, images[:256])
     dim = embed_images(images[:256], network, device=args.device).shape[1]
     few = overlapping(args.train // args.share, args.test, args.classes, dim, args.device)
@@ -85,7 +88,7 @@ def main() -> None:
             return setting.fit(module, setting.order(2 * args.batch, steps), reader).seconds
 
         cell(1)
-        training = cell(steps) / (steps * args.batch) * args.budget
+        training = cell(args.steps) / (args.steps * args.batch) * args.budget
     whole = (args.train + args.test) / len(images)
     settings = ProbeSettings()
     costs = {
@@ -98,8 +101,14 @@ def main() -> None:
         f"{args.train} + {args.test} images, {args.classes} classes, {dim} features"
     )
     print(f"a cell of C = {args.budget:.0f}: {training:,.0f} s")
-    for name, cost in {**costs, "all": sum(costs.values())}.items():
+    costs["all"] = sum(costs.values())
+    for name, cost in costs.items():
         print(f"{name:12} {cost:8.1f} s   {100 * cost / training:5.2f} % of the cell's")
+    rows = [
+        ratios.Row(name, 100 * cost / training, "%", below=10 if name == "all" else None)
+        for name, cost in costs.items()
+    ]
+    ratios.write(args.json, rows)
 
 
 if __name__ == "__main__":

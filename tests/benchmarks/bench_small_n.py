@@ -13,6 +13,7 @@ import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import ratios
 import torch
 from scipy import stats
 from training_cells import Setting, photo_pool, prefix
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    ratios.add_option(parser)
     return parser
 
 
@@ -47,18 +49,20 @@ def main() -> None:
             return setting.fit(module, setting.order(unique, steps), readers[unique]).seconds
 
         seconds(args.small, steps=args.small // args.batch)
-        ratios = []
+        pairs = []
         for pair in range(args.pairs):
             first, second = (args.small, samples) if pair % 2 else (samples, args.small)
             taken = {first: seconds(first), second: seconds(second)}
-            ratios.append(taken[args.small] / taken[samples])
+            pairs.append(taken[args.small] / taken[samples])
             print(
                 f"N = {args.small}: {taken[args.small]:.2f} s   N = C = {samples}: {taken[samples]:.2f} s",
                 flush=True,
             )
-    mean = statistics.mean(ratios)
-    half = stats.t.ppf(0.975, len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
+    mean = statistics.mean(pairs)
+    half = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
     print(f"ratio {mean:.4f}, 95 % interval {mean - half:.4f} to {mean + half:.4f}")
+    what = f"seconds at N = {args.small} to those at N = C = {samples}, {args.method}"
+    ratios.write(args.json, [ratios.Row(what, mean, low=mean - half, high=mean + half, below=1.03)])
 
 
 if __name__ == "__main__":

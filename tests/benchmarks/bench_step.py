@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import ratios
 import torch
 from training_cells import Setting, autocast, photo_pool, prefix
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=3, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
+    ratios.add_option(parser)
     return parser
 
 
@@ -97,7 +99,8 @@ def unique(setting: Setting, pool: Pool, steps: int) -> int:
     return setting.batch * min(pool.size // setting.batch, steps)
 
 
-def measure(setting: Setting, pool: Pool, method: str, steps: int, rounds: int) -> str:
+def measure(setting: Setting, pool: Pool, method: str, steps: int, rounds: int) -> float:
+    """The share; prints its line."""
     order = setting.order(unique(setting, pool, steps), steps)
     reader = prefix(pool, order.unique_samples)
     bare = bare_step(setting, setting.module(method, steps))
@@ -114,10 +117,12 @@ def measure(setting: Setting, pool: Pool, method: str, steps: int, rounds: int) 
     beside = parts(setting, pool, method, steps)
     rest = cell - model - beside["views"] - beside["teachers"]
     columns = (cell, model, beside["views"], beside["teachers"], rest, beside["reading"])
-    return (
+    print(
         f"{method:12} {setting.batch / cell:9.1f} {setting.batch / model:9.1f} {100 * share:6.1f} %  "
-        + " ".join(f"{1e3 * value:9.2f}" for value in columns)
+        + " ".join(f"{1e3 * value:9.2f}" for value in columns),
+        flush=True,
     )
+    return share
 
 
 def main() -> None:
@@ -138,8 +143,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ["SSL_DIVERSITY_HOME"] = home
         pool = photo_pool(args.size)
-        for method in args.methods:
-            print(measure(setting, pool, method, args.steps, args.rounds), flush=True)
+        shares = {method: measure(setting, pool, method, args.steps, args.rounds) for method in args.methods}
+    rows = [ratios.Row(method, 100 * share, "%", at_least=90) for method, share in shares.items()]
+    ratios.write(args.json, rows)
 
 
 if __name__ == "__main__":
