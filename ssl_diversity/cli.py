@@ -81,7 +81,7 @@ def plan(
 
     ssl-diversity plan quickstart budget=8192 methods=[simclr,mae]
     """
-    from ssl_diversity.sweep import config, flops, launch, store, table
+    from ssl_diversity.sweep import config, flops, launch, sharing, store, table
     from ssl_diversity.sweep.plan import expand
     from ssl_diversity.sweep.profile import load_profile
 
@@ -92,7 +92,7 @@ def plan(
     if flops.count_missing(asked, lambda text: print(f"{asked.name}: {text}", file=sys.stderr)):
         planned = expand(asked)
     launch.check_cache(planned, where)
-    out.print(table.render(planned, where))
+    out.print(table.render(planned, sharing.settled(where, planned)))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The command `profile`: what one training step costs, part by part."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,12 @@ def profile(
         int | None, typer.Option(min=1, help="In each of three rounds; about two seconds of them.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it, for example to profile.png.")] = None,
+    at_once: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,2,4", help="Measure so many cells at once on a device, for `plan` to choose."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON: a list with an object per method.")
     ] = False,
@@ -45,9 +52,11 @@ def profile(
     ssl-diversity profile quickstart method=all --picture profile.png
 
     ssl-diversity profile cifar10 method=mae backbone=vit-s batch_size=256 --device cuda
+
+    ssl-diversity profile quickstart --at-once 1,2,4
     """
     from ssl_diversity import profiling
-    from ssl_diversity.sweep.profile import load_profile
+    from ssl_diversity.sweep.profile import LocalProfile, load_profile
 
     texts = [*([sweep] if "=" in sweep else []), *(overrides or [])]
     profile = load_profile(where)
@@ -55,6 +64,15 @@ def profile(
         if device not in ("cpu", "cuda"):
             raise UserError(f"--device {device}: expected cpu or cuda")
         profile = profile.model_copy(update={"device": device})
+    if at_once is not None:
+        if steps is not None or threads is not None or picture is not None:
+            raise UserError(
+                "--at-once: measures for some seconds, with the profile's threads, and draws nothing"
+            )
+        if not isinstance(profile, LocalProfile) or profile.ranks > 1:
+            raise UserError(f"--at-once: measures this machine's workers of one process; {where} has others")
+        counts, cells = _counts(at_once), _cells("quickstart" if "=" in sweep else sweep, texts, profile)
+        return _at_once(cells, profile, counts, as_json)
     found = []
     for cell in _cells("quickstart" if "=" in sweep else sweep, texts, profile):
         with progress_bar(f"profile {cell.method}") as bar:
@@ -75,6 +93,67 @@ def profile(
         print(json.dumps([one.as_record() for one in found], indent=2))
     else:
         out.print(table(found))
+
+
+def _counts(text: str) -> list[int]:
+    """`1,2,4`, ascending."""
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise UserError(f"--at-once {text}: expected numbers of cells, such as 1,2,4")
+    return counts
+
+
+def _at_once(cells: "Sequence[Cell]", profile: Any, counts: list[int], as_json: bool) -> None:
+    """Measure, remember for `plan` and `sweep`, and show what so many cells on one device reach together."""
+    from ssl_diversity import together
+    from ssl_diversity.sweep import sharing
+    from ssl_diversity.sweep.profile import visible_gpus
+
+    devices = len(visible_gpus()) if profile.likely_device == "cuda" else 1
+    records = []
+    for cell in cells:
+        assert cell.task is not None
+        reached: dict[int, float] = {}
+        with progress_bar(f"at once {cell.method}") as bar:
+            for number, count in enumerate(counts):
+                bar(number, len(counts))
+                crew = sharing.with_workers(profile, count * devices)
+                runtime = Runtime(
+                    profile.likely_device,
+                    crew.layout()[1],
+                    cache_bytes=profile.cache_bytes,
+                    cache_dir=profile.cache_folder,
+                )
+                try:
+                    reached[count] = together.samples_per_second(cell.task.spec, runtime, count)  # type: ignore[arg-type]
+                except UserError:
+                    raise
+                except Exception as error:  # most likely memory
+                    told = f"{cell.method}: {count} at once: {type(error).__name__}: {str(error).splitlines()[0]}"
+                    print(told, file=sys.stderr)
+                    break
+                sharing.note(cell.like, crew, reached[count] * devices)
+        records.append({"method": cell.method, "backbone": cell.backbone, "samples_per_second": reached})
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    shown = Table(
+        title=f"samples/s of so many cells at once on one {profile.likely_device}, and to {counts[0]}",
+        title_justify="left", box=None, header_style="bold", pad_edge=False,
+    )  # fmt: skip
+    for name in ("method", "backbone", *map(str, counts)):
+        shown.add_column(name, justify="right" if name.isdigit() else "left", no_wrap=True)
+    for record in records:
+        reached = record["samples_per_second"]  # type: ignore[assignment]
+        cells_shown = (
+            f"{reached[count]:,.0f} {reached[count] / reached[counts[0]]:5.2f}" if count in reached else "-"
+            for count in counts
+        )
+        shown.add_row(record["method"], record["backbone"], *cells_shown)  # type: ignore[arg-type]
+    out.print(shown)
 
 
 def _cells(sweep: str, texts: list[str], profile: Any) -> "list[Cell]":

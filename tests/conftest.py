@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # run by a shell in the background: tests interrupt children
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # run by a shell in the background: tests interrupt children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -17,7 +17,7 @@ FLOORS = [  # from the top down (docs/architecture.md)
     ["cli_data"],
     ["report"],
     ["sweep"],
-    ["profiling"],
+    ["profiling", "together"],
     ["train"],
     ["generation"],
     ["evaluation"],
@@ -48,6 +48,7 @@ TORCH_FREE = [
     "sweep.launch",
     "train",
     "profiling",
+    "together",
     "data.prepare",
     "analysis.effect",
 ]

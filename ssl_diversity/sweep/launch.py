@@ -15,7 +15,7 @@ from rich.live import Live
 from ssl_diversity import files
 from ssl_diversity.budget import parse_budget
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import claims, estimate, fleet, flops, orders, slurm, status, store
+from ssl_diversity.sweep import claims, estimate, fleet, flops, orders, sharing, slurm, status, store
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Current, Order
 from ssl_diversity.sweep.plan import Plan
@@ -54,6 +54,7 @@ def run(
         flops.count_missing(sweep, lambda text: console.print(f"{sweep.name}: {text}"))
     current = Current(sweep, skip)
     check_cache(current.plan, profile)
+    profile = sharing.settled(profile, current.plan)
 
     def tell(text: str) -> None:
         console.print(text, style="yellow")

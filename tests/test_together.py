@@ -1,0 +1,113 @@
+"""Cells at once: all of them train for real, at the same time, and what goes wrong in one is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_diversity import together
+from ssl_diversity.cli import main
+from ssl_diversity.errors import UserError
+from ssl_diversity.runtime import Runtime
+from ssl_diversity.sweep import config, estimate, sharing
+from ssl_diversity.sweep.plan import expand
+from ssl_diversity.sweep.profile import load_profile
+from ssl_diversity.train import CellSpec
+
+FEW = ["method=simclr", "source=digits", "unique_samples=128", "budget=1024"]
+
+
+def prepared() -> CellSpec:
+    """The cell of FEW, its pool there: as `profile` leaves it."""
+    from ssl_diversity.cli_profile import _cells
+
+    (cell,) = _cells("quickstart", FEW, load_profile("local"))
+    assert cell.task is not None
+    return CellSpec.model_validate(cell.task.spec.model_dump())
+
+
+def test_what_was_measured_is_what_plans_go_by(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", *FEW, "--at-once", "2,1", "--json"]) == 0
+    (record,) = json.loads(capfd.readouterr().out)
+    assert list(record["samples_per_second"]) == ["1", "2"]
+    assert not (home / "store" / "pretrain").exists()
+    plan = expand(config.load("quickstart", [*config.one_cell(FEW)]))
+    local = load_profile("local")
+    known = estimate.times()
+    for count in (1, 2):
+        place = estimate.place(sharing.with_workers(local, count))  # type: ignore[arg-type]
+        seconds = known.seconds(f"together/{plan.cells[0].like}", 1, place)
+        assert seconds == pytest.approx(count / record["samples_per_second"][str(count)])
+
+
+def test_one_that_fails_ends_them_all(home: Path) -> None:
+    spec = prepared()
+    broken = spec.model_copy(update={"rows_digest": "0" * 16})
+    with pytest.raises(UserError):
+        together.samples_per_second(broken, Runtime(), 2)
+    with pytest.raises(UserError, match="give it at least 448"):
+        together.samples_per_second(spec.model_copy(update={"budget": 384}), Runtime(), 2)
+
+
+def test_one_that_finds_no_memory_ends_the_measuring_and_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reached(spec: CellSpec, runtime: Runtime, count: int) -> float:
+        if count > 2:
+            raise MemoryError("CUDA out of memory\nat length")
+        return 100.0 * count
+
+    monkeypatch.setattr(together, "samples_per_second", reached)
+    assert main(["profile", *FEW, "--at-once", "1,2,4,8"]) == 0
+    said = capsys.readouterr()
+    assert "simclr: 4 at once: MemoryError: CUDA out of memory\n" in said.err
+    assert said.out.splitlines()[-1].split() == [
+        "simclr",
+        "conv-tiny",
+        "100",
+        "1.00",
+        "200",
+        "2.00",
+        "-",
+        "-",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--at-once", "0,1"], "expected numbers of cells"),
+        (["--at-once", "two"], "expected numbers of cells"),
+        (["--at-once", "1,2", "--steps", "3"], "draws nothing"),
+        (["--at-once", "1,2", "--profile", "slurm"], "slurm has others"),
+    ],
+)
+def test_mistakes_are_a_line(
+    home: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_no_process_behind(home: Path) -> None:
+    import signal
+    import time
+
+    import psutil
+
+    prepared()
+    run = [sys.executable, "-m", "ssl_diversity", "profile", *FEW[:3], "budget=100000000", "--at-once", "2"]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    children: list[psutil.Process] = []
+    while len(children) < 3:  # two, and multiprocessing's tracker of resources
+        assert process.poll() is None
+        time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
