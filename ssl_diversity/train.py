@@ -1,5 +1,6 @@
 """A cell's pretraining: one method, one backbone, N images of one pool or several, exactly C samples."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_diversity import budget
+from ssl_diversity.backbones import is_vit
 from ssl_diversity.config import Config
 from ssl_diversity.data.order import GlobalOrder, Order, Windowed
 from ssl_diversity.data.subset import PartSpec, Subset
@@ -24,6 +26,20 @@ EFFECTIVE_RANK_IMAGES = 1024
 HEAD_SPREAD = (
     0.1  # of a head's embeddings: SimCLR without its negatives fell to 0.03, healthy ones kept 0.28 and more
 )
+
+
+COMPILED_FROM = (
+    4_000_000  # samples: a compilation (up to a minute) then costs less than it saves, on a GPU, too
+)
+
+
+def pays_to_compile(backbone: str, budget: int) -> bool:
+    """Whether a cell's networks are compiled, which changes results by rounding.
+
+    Decided by its C, never by what is left of it: a resumed run computes as an undisturbed one. ViTs, which are mostly
+    matrix products, are not.
+    """
+    return budget >= COMPILED_FROM and not is_vit(backbone)
 
 
 class CellSpec(Config):
@@ -51,6 +67,13 @@ class CellSpec(Config):
     precision: str = "bf16-mixed"
     decode: Literal["exact", "scaled"] = "exact"
     checkpoint_samples: int = 1_000_000
+
+    @property
+    def compiled(self) -> bool:
+        return pays_to_compile(self.backbone, self.budget)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | ({"compiled": True} if self.compiled else {})
 
 
 def make_order(spec: CellSpec, subset: Subset) -> Order:
@@ -107,6 +130,7 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     runtime.set_threads()
     with runtime.group.together():
         subset, order, module, reader = open_cell(spec, runtime)
+    compiled = spec.compiled and _compile(module, runtime)
     result = loop.fit(
         module,
         order=order,
@@ -129,6 +153,8 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         torch.save(weights, file)  # to a handle: a path would put its random name into the bytes
     shown = first_images(subset, EFFECTIVE_RANK_IMAGES, spec.image_size)
     features = embed_images(shown, load_weights(out / "weights.pt"), device=runtime.device)
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        embeddings = _embeddings(module, shown, runtime.device)
     per_sample = flops_per_sample(spec.method, spec.backbone, spec.image_size, spec.recipe)
     return {
         "samples_seen": result.samples_seen,
@@ -138,11 +164,23 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "samples_per_second": result.samples_seen / result.seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
         "effective_rank": effective_rank(features),
-        "collapsed": collapsed(features)
-        or any(collapsed(x, HEAD_SPREAD) for x in _embeddings(module, shown, runtime.device)),
+        "collapsed": collapsed(features) or any(collapsed(x, HEAD_SPREAD) for x in embeddings),
+        "compiled": compiled,
         "final_loss": result.history[-1][1],
         "history": result.history,
     }
+
+
+def _compile(module: "Method", runtime: Runtime) -> bool:
+    """Whether it was possible; if not, a line says why, and training goes on without."""
+    from ssl_diversity.methods.compiling import compile_networks
+
+    if runtime.group.ranks.world > 1:  # what ranks do together within a network would not be compiled
+        return False
+    why = compile_networks(module, runtime.device, runtime.threads)
+    if why:
+        print(f"trains without torch.compile, which does not work here: {why}", flush=True)
+    return not why
 
 
 def first_images(subset: Subset, count: int, image_size: int) -> NDArray[np.uint8]:

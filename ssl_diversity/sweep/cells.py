@@ -18,7 +18,7 @@ from ssl_diversity.sweep import rows
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.sets import Downstream, Source
 from ssl_diversity.sweep.task import Series, Task
-from ssl_diversity.train import CellSpec
+from ssl_diversity.train import CellSpec, pays_to_compile
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class Maker:
             "replicate": replicate,
             "layout": draw.layout if self.sweep.windowed else "",
         }
-        group = ("pretrain", cell.method, cell.budget_asked)
+        compiled = "compiled" if pays_to_compile(cell.backbone, samples) else ""
+        group = ("pretrain", cell.method, cell.budget_asked, compiled)
         if group not in self._series:
             self._series[group] = Series("pretrain", self._cell_spec(cell, cell.recipe, values), values)
         task = self._series[group].task(
@@ -264,7 +265,8 @@ def cell_like(sweep: SweepConfig, cell: Cell) -> str:
     tier = choose_tier(n, size, remote=any(pool.remote for pool in cell.source.pools))
     decode = "" if tier == "resident" else f"/{sweep.decode}"
     order = "windowed" if sweep.windowed else "global"
-    return f"{cell.method}/{cell.backbone}/{work}/{size}px/{sweep.precision}/batch{cell.batch_size}/{order}/{tier}{decode}"
+    how = f"{order}/{tier}{decode}{'/compiled' if pays_to_compile(cell.backbone, cell.budget or 0) else ''}"
+    return f"{cell.method}/{cell.backbone}/{work}/{size}px/{sweep.precision}/batch{cell.batch_size}/{how}"
 
 
 def probe_size(sweep: SweepConfig, backbone: str, d: Downstream) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def main() -> None:
 
         def cell(steps: int) -> float:
             module = setting.module(args.method, steps)
-            return setting.fit(module, setting.order(2 * args.batch, steps), reader).seconds
+            return setting.fit(module, setting.order(2 * args.batch, steps), reader)
 
         cell(1)
         training = cell(args.steps) / (args.steps * args.batch) * args.budget

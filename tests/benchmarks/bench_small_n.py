@@ -46,7 +46,7 @@ def main() -> None:
 
         def seconds(unique: int, steps: int = args.steps) -> float:
             module = setting.module(args.method, steps)
-            return setting.fit(module, setting.order(unique, steps), readers[unique]).seconds
+            return setting.fit(module, setting.order(unique, steps), readers[unique])
 
         seconds(args.small, steps=args.small // args.batch)
         pairs = []

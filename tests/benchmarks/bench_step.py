@@ -101,17 +101,17 @@ def unique(setting: Setting, pool: Pool, steps: int) -> int:
 
 def measure(setting: Setting, pool: Pool, method: str, steps: int, rounds: int) -> float:
     """The share; prints its line."""
-    order = setting.order(unique(setting, pool, steps), steps)
+    order = setting.order(unique(setting, pool, steps), steps + WARM_STEPS)
     reader = prefix(pool, order.unique_samples)
     bare = bare_step(setting, setting.module(method, steps))
     seconds(setting, bare, WARM_STEPS)
-    setting.fit(setting.module(method, WARM_STEPS), setting.order(setting.batch, WARM_STEPS), reader)
     pairs = []
     for _ in range(rounds):
         with loop.memory_kept():
             bare()
             alone = seconds(setting, bare, steps)
-        pairs.append((alone, setting.fit(setting.module(method, steps), order, reader).seconds / steps))
+        whole = setting.fit(setting.module(method, order.steps), order, reader, WARM_STEPS)
+        pairs.append((alone, whole / steps))
     model, cell = (statistics.median(column) for column in zip(*pairs, strict=True))
     share = statistics.median(alone / whole for alone, whole in pairs)
     beside = parts(setting, pool, method, steps)

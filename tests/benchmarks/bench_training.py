@@ -38,6 +38,7 @@ from ssl_diversity.methods.optim import LARS
 from ssl_diversity.runtime import cores
 
 PRECISIONS = ("32-true", "bf16-mixed")
+WARM_STEPS = 3
 OUR_PRECISION = "bf16-mixed"
 Who = tuple[str, int | None]  # precision; the peer's workers, None: ours
 TARGETS = {"32-true": 2.3, "bf16-mixed": 1.1}  # of ours to the peer at these, on a CPU
@@ -96,7 +97,7 @@ def lightly_rate(folder: Path, args: argparse.Namespace, precision: str, workers
 
 def warm_up(workers: int) -> int:
     """Steps. All workers start at once: their first batches come together, after a long wait for the first."""
-    return max(3, workers)
+    return max(WARM_STEPS, workers)
 
 
 def our_rate(pool: Pool, args: argparse.Namespace, precision: str) -> float:
@@ -104,12 +105,10 @@ def our_rate(pool: Pool, args: argparse.Namespace, precision: str) -> float:
         args.backbone, size=args.size, batch=args.batch, precision=precision, device=args.device
     )
 
-    def seconds(steps: int) -> float:
-        order = setting.order(args.batch * min(2048 // args.batch, pool.size // args.batch), steps)
-        return setting.fit(setting.module("simclr", steps), order, prefix(pool, order.unique_samples)).seconds
-
-    few, many = 3, args.steps + 3  # the difference leaves the warm-up out, as for the peer
-    return args.steps * args.batch / (seconds(many) - seconds(few))
+    steps, warm = args.steps + WARM_STEPS, WARM_STEPS
+    order = setting.order(args.batch * min(2048 // args.batch, pool.size // args.batch), steps)
+    seconds = setting.fit(setting.module("simclr", steps), order, prefix(pool, order.unique_samples), warm)
+    return args.steps * args.batch / seconds
 
 
 def main() -> None:

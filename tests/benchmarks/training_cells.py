@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,18 +49,27 @@ class Setting:
         order.steps = steps
         return order
 
-    def fit(self, module: Method, order: GlobalOrder, reader: Reader) -> loop.FitResult:
-        """`module` trained on the steps of `order`, as a cell trains it; `seconds` are the loop's."""
+    def fit(self, module: Method, order: GlobalOrder, reader: Reader, warm_up: int = 0) -> float:
+        """Seconds of `module`'s training on the steps of `order`, as a cell is trained, the first `warm_up` left out."""
+        ends = [time.perf_counter()]
+
+        def stop() -> bool:  # asked after every step
+            if len(ends) in (warm_up, order.steps):
+                self.wait()
+            ends.append(time.perf_counter())
+            return False
+
         with tempfile.TemporaryDirectory() as out:
-            return loop.fit(
+            whole = loop.fit(
                 module,
                 order=order,
                 reader=reader,
                 out=Path(out),
-                runtime=Runtime(device=self.device, threads=torch.get_num_threads()),
+                runtime=Runtime(device=self.device, threads=torch.get_num_threads(), stop=stop),
                 precision=self.precision,
                 checkpoint_samples=10**12,
             )
+        return ends[-1] - ends[warm_up] if warm_up else whole.seconds
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
