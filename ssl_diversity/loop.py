@@ -88,7 +88,10 @@ def fit(
         start = _start(checkpoint, group)
         trainer.fit(
             module,
-            train_dataloaders=_Tensors(Batches(order, reader, start, group.ranks.rank, group.ranks.world)),
+            train_dataloaders=_Tensors(
+                Batches(order, reader, start, group.ranks.rank, group.ranks.world),
+                pinned=runtime.device.startswith("cuda"),
+            ),
             ckpt_path=str(checkpoint) if start else None,
             weights_only=True if start else None,
         )
@@ -100,14 +103,16 @@ def fit(
 
 @dataclass(frozen=True)
 class _Tensors:
-    """Batches as Lightning takes them."""
+    """Batches as Lightning takes them; from pinned memory it copies them to a GPU without waiting for it."""
 
     batches: Batches
+    pinned: bool
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         with contextlib.closing(iter(self.batches)) as running:
             for batch in running:
-                yield {name: torch.from_numpy(array) for name, array in batch.items()}
+                tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+                yield {name: t.pin_memory() for name, t in tensors.items()} if self.pinned else tensors
 
 
 class _Guard(pl.Callback):

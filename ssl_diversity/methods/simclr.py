@@ -1,10 +1,10 @@
 """SimCLR: views of one image attract, all others in the batch repel."""
 
-from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor
 
 from ssl_diversity.methods.base import Method
+from ssl_diversity.methods.losses import nt_xent
 
 
 class SimCLR(Method):
@@ -14,13 +14,14 @@ class SimCLR(Method):
         self, *, hidden_dim: int, output_dim: int, layers: int, head_norm: bool, temperature: float
     ) -> None:
         self.projector = SimCLRProjectionHead(self.dim, hidden_dim, output_dim, layers, head_norm)
-        self.loss = NTXentLoss(temperature)
+        self.temperature = temperature
 
     def forward(self, views: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
         return self.projector(self.embed(self.backbone, views, positions)).chunk(2)
 
     def criterion(self, *outputs: Tensor) -> Tensor:
-        return self.loss(*outputs)
+        a, b = outputs
+        return nt_xent(a, b, self.temperature)
 
 
 METHOD = SimCLR

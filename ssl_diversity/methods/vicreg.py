@@ -1,10 +1,11 @@
 """VICReg: views agree (invariance), each feature varies (variance), none repeats another (covariance)."""
 
-from lightly.loss import VICRegLoss
+from lightly.loss.vicreg_loss import invariance_loss, variance_loss
 from lightly.models.modules.heads import VICRegProjectionHead
 from torch import Tensor
 
 from ssl_diversity.methods.base import Method
+from ssl_diversity.methods.losses import covariance_loss
 
 
 class VICReg(Method):
@@ -21,13 +22,19 @@ class VICReg(Method):
         covariance_weight: float,
     ) -> None:
         self.projector = VICRegProjectionHead(self.dim, hidden_dim, output_dim, layers)
-        self.loss = VICRegLoss(invariance_weight, variance_weight, covariance_weight)
+        self.weights = invariance_weight, variance_weight, covariance_weight
 
     def forward(self, views: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
         return self.projector(self.embed(self.backbone, views, positions)).chunk(2)
 
     def criterion(self, *outputs: Tensor) -> Tensor:
-        return self.loss(*outputs)
+        a, b = outputs
+        invariance, variance, covariance = self.weights
+        return (
+            invariance * invariance_loss(a, b)
+            + variance * (0.5 * (variance_loss(a) + variance_loss(b)))
+            + covariance * (covariance_loss(a) + covariance_loss(b))
+        )
 
 
 METHOD = VICReg

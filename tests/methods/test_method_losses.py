@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lightly.loss import NTXentLoss, VICRegLoss
 from method_helpers import tiny
 from torch import Tensor
 
@@ -158,3 +159,19 @@ def test_mae_s_masks_depend_on_seed_and_position_alone() -> None:
     torch.rand(5)
     assert torch.equal(module.masks(torch.tensor([700, 3]))[0], visible[[700, 3]])
     assert not torch.equal(tiny("mae", seed=1).masks(torch.arange(1000))[0], visible)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (64, 48), (257, 96)])
+def test_lightly_s_losses_bit_for_bit(rows: int, columns: int) -> None:
+    a, b = (x.float().requires_grad_() for x in _inputs(2, rows, columns))
+    pairs = [
+        (tiny("simclr", overrides={"temperature": 0.2}), NTXentLoss(0.2)),
+        (tiny("vicreg"), VICRegLoss(*tiny("vicreg").weights)),  # type: ignore[misc]
+    ]
+    for module, theirs in pairs:
+        ours, expected = module.criterion(a, b), theirs(a, b)
+        assert torch.equal(ours, expected)
+        for mine, other in zip(
+            torch.autograd.grad(ours, (a, b)), torch.autograd.grad(expected, (a, b)), strict=True
+        ):
+            assert torch.equal(mine, other)
