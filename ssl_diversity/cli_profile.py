@@ -113,6 +113,9 @@ def _at_once(cells: "Sequence[Cell]", profile: Any, counts: list[int], as_json: 
     from ssl_diversity.sweep.profile import visible_gpus
 
     devices = len(visible_gpus()) if profile.likely_device == "cuda" else 1
+    if not devices:
+        raise UserError("--device cuda: no GPU here; use --device cpu")
+    counts = sorted({*counts, max(1, profile.layout()[0] // devices)})  # to be compared with the usual number
     records = []
     for cell in cells:
         assert cell.task is not None
@@ -129,17 +132,15 @@ def _at_once(cells: "Sequence[Cell]", profile: Any, counts: list[int], as_json: 
                 )
                 try:
                     reached[count] = together.samples_per_second(cell.task.spec, runtime, count)  # type: ignore[arg-type]
-                except UserError:
-                    raise
-                except Exception as error:  # most likely memory
-                    told = f"{cell.method}: {count} at once: {type(error).__name__}: {str(error).splitlines()[0]}"
-                    print(told, file=sys.stderr)
+                except together.ProcessFailed as error:
+                    print(f"{cell.method}: {count} at once: {error}", file=sys.stderr)
                     break
                 sharing.note(cell.like, crew, reached[count] * devices)
         records.append({"method": cell.method, "backbone": cell.backbone, "samples_per_second": reached})
+    failed = any(not record["samples_per_second"] for record in records)
     if as_json:
         print(json.dumps(records, indent=2))
-        return
+        raise typer.Exit(int(failed))
     shown = Table(
         title=f"samples/s of so many cells at once on one {profile.likely_device}, and to {counts[0]}",
         title_justify="left", box=None, header_style="bold", pad_edge=False,
@@ -154,6 +155,7 @@ def _at_once(cells: "Sequence[Cell]", profile: Any, counts: list[int], as_json: 
         )
         shown.add_row(record["method"], record["backbone"], *cells_shown)  # type: ignore[arg-type]
     out.print(shown)
+    raise typer.Exit(int(failed))
 
 
 def _cells(sweep: str, texts: list[str], profile: Any) -> "list[Cell]":

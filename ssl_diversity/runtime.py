@@ -1,10 +1,12 @@
 """What a task's function is told about where and how it runs; nothing in it may change a result."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 from ssl_diversity.ranks import Group
 
@@ -60,6 +62,18 @@ def cores() -> int:
     from joblib import cpu_count
 
     return int(cpu_count())
+
+
+@cache
+def machine() -> str:
+    """Its first GPU and its processor by their models, and its cores; asks no driver."""
+    models = []
+    for pattern, name in (("driver/nvidia/gpus/*/information", "Model"), ("cpuinfo", "model name")):
+        for path in sorted(Path("/proc").glob(pattern))[:1]:
+            with contextlib.suppress(OSError):
+                lines = (line.partition(":") for line in path.read_text().splitlines())
+                models += [value.strip() for key, _, value in lines if key.strip() == name][:1]
+    return ", ".join([*models, f"{cores()} cores"])
 
 
 def on_terminal() -> bool:

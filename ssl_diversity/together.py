@@ -5,9 +5,8 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,50 +16,89 @@ from ssl_diversity.runtime import Runtime
 from ssl_diversity.train import CellSpec, open_cell
 
 if TYPE_CHECKING:
-    from multiprocessing.synchronize import Barrier, Event
+    from multiprocessing.connection import Connection
 
 WARM_UP_STEPS = 3
 LEAST_STEPS = 3
 MEASURED_S = 5.0  # about; longer where steps are
-READY_S = 600.0  # in which all must have done their first steps
+LEAVE_S = 30.0  # in which a process that is not needed any more must end its step
+
+
+class ProcessFailed(Exception):
+    """One of the processes did not get through, most likely for want of memory."""
 
 
 def samples_per_second(spec: CellSpec, runtime: Runtime, count: int) -> float:
     """Of `count` equal cells together, from the moment when each has warmed up; trains nothing that is kept.
 
-    Each has `runtime`'s device and threads. Raises UserError where the cell has too few steps; whatever a process
-    raises, such as torch's OutOfMemoryError, where not all of them find room.
+    Each has `runtime`'s device and threads. Raises UserError where the cell cannot be measured, ProcessFailed where not
+    all of them find room.
     """
     context = multiprocessing.get_context("spawn")
-    barrier, asked = context.Barrier(count), context.Event()
     here = runtime.device, runtime.threads, runtime.cache_bytes, runtime.cache_dir
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # what workers inherit
-    with ProcessPoolExecutor(count, context, initializer=_join, initargs=(barrier, asked)) as processes:
-        try:
-            running = [processes.submit(_rate, spec, here) for _ in range(count)]
-            done, _ = wait(running, return_when=FIRST_EXCEPTION)
-            errors = [error for future in done if (error := future.exception()) is not None]
-            if errors:
-                raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
-        except BaseException:
-            asked.set()
-            barrier.abort()
-            raise
-    return sum(future.result() for future in running)
+    pipes = [context.Pipe() for _ in range(count)]
+    processes = [
+        context.Process(target=_train, args=(theirs, spec, here), daemon=True) for _, theirs in pipes
+    ]
+    try:
+        with _as_workers_start():
+            for process in processes:
+                process.start()
+        for _, theirs in pipes:
+            theirs.close()
+        for ours, _ in pipes:
+            _hear(ours)
+        for ours, _ in pipes:
+            ours.send("go")
+        return sum(_hear(ours) for ours, _ in pipes)
+    finally:
+        for ours, _ in pipes:
+            ours.close()  # which a process that still trains sees after its step
+        until = time.monotonic() + LEAVE_S
+        for process in processes:
+            if process.pid is not None:
+                process.join(max(0.0, until - time.monotonic()))
+                process.kill()
+                process.join()
 
 
-_barrier: "Barrier"
-_asked_to_stop: "Event"
+@contextlib.contextmanager
+def _as_workers_start() -> Iterator[None]:
+    """Threads that wait sleep; a Ctrl-C is for the command, whose end the processes notice."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def _join(barrier: "Barrier", asked: "Event") -> None:
-    global _barrier, _asked_to_stop
-    _barrier, _asked_to_stop = barrier, asked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command, which asks us to stop
+def _hear(process: "Connection") -> float:
+    """0 from one that is warm, its rate from one that is through."""
+    try:
+        told = process.recv()
+    except (EOFError, ConnectionResetError):
+        raise ProcessFailed("a process was killed (out of memory?)") from None
+    if isinstance(told, Exception):
+        raise told
+    return float(told)
 
 
-def _rate(spec: CellSpec, here: tuple[Any, ...]) -> float:
-    """Samples per second of this process's cell while the others run."""
+def _train(parent: "Connection", spec: CellSpec, here: tuple[Any, ...]) -> None:
+    """What a process does: warm up, say so, wait for the others, train for a while and tell its samples per second."""
+    try:
+        told: Any = _rate(parent, spec, here)
+    except UserError as error:
+        told = error
+    except EOFError:
+        return  # nobody waits for it any more
+    except Exception as error:
+        told = ProcessFailed(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    with contextlib.suppress(OSError):
+        parent.send(told)
+
+
+def _rate(parent: "Connection", spec: CellSpec, here: tuple[Any, ...]) -> float:
     import torch
 
     from ssl_diversity import loop
@@ -73,19 +111,21 @@ def _rate(spec: CellSpec, here: tuple[Any, ...]) -> float:
     def stop() -> bool:
         step = len(ends) + 1
         if step == WARM_UP_STEPS:
-            _synchronize()
-            _barrier.wait(READY_S)
+            synchronize()
+            parent.send(0.0)
+            parent.recv()
         ends.append(time.monotonic())
+        alone = parent.poll()  # nothing more is sent: it has gone
         if step < WARM_UP_STEPS + LEAST_STEPS:
-            return _asked_to_stop.is_set()
+            return alone
         enough = ends[-1] - ends[WARM_UP_STEPS - 1] >= MEASURED_S
-        over = enough or step == order.steps - 1 or _asked_to_stop.is_set()
+        over = enough or step == order.steps - 1 or alone
         if over:
-            _synchronize()
+            synchronize()
             ends[-1] = time.monotonic()
         return over
 
-    def _synchronize() -> None:
+    def synchronize() -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 

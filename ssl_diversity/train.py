@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -101,6 +102,10 @@ def open_cell(spec: CellSpec, runtime: Runtime) -> "tuple[Subset, Order, Method,
         batch_size=spec.batch_size,
         seed=spec.seed,
     )
+    if (
+        spec.compiled and runtime.group.ranks.world == 1
+    ):  # what ranks do together in a network cannot be compiled
+        _compile(module, runtime)
     reader = open_reader(
         subset,
         image_size=spec.image_size,
@@ -130,7 +135,6 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     runtime.set_threads()
     with runtime.group.together():
         subset, order, module, reader = open_cell(spec, runtime)
-    compiled = spec.compiled and _compile(module, runtime)
     result = loop.fit(
         module,
         order=order,
@@ -153,7 +157,7 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         torch.save(weights, file)  # to a handle: a path would put its random name into the bytes
     shown = first_images(subset, EFFECTIVE_RANK_IMAGES, spec.image_size)
     features = embed_images(shown, load_weights(out / "weights.pt"), device=runtime.device)
-    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+    with torch.compiler.set_stance("force_eager") if module.compiled else contextlib.nullcontext():
         embeddings = _embeddings(module, shown, runtime.device)
     per_sample = flops_per_sample(spec.method, spec.backbone, spec.image_size, spec.recipe)
     return {
@@ -165,22 +169,18 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "effective_rank": effective_rank(features),
         "collapsed": collapsed(features) or any(collapsed(x, HEAD_SPREAD) for x in embeddings),
-        "compiled": compiled,
+        "compiled": module.compiled,
         "final_loss": result.history[-1][1],
         "history": result.history,
     }
 
 
-def _compile(module: "Method", runtime: Runtime) -> bool:
-    """Whether it was possible; if not, a line says why, and training goes on without."""
+def _compile(module: "Method", runtime: Runtime) -> None:
+    """If possible; if not, a line says why, and training goes on without."""
     from ssl_diversity.methods.compiling import compile_networks
 
-    if runtime.group.ranks.world > 1:  # what ranks do together within a network would not be compiled
-        return False
-    why = compile_networks(module, runtime.device, runtime.threads)
-    if why:
-        print(f"trains without torch.compile, which does not work here: {why}", flush=True)
-    return not why
+    if why := compile_networks(module, runtime.device, runtime.threads):
+        print(f"trains without torch.compile, which does not work here: {why}", file=sys.stderr, flush=True)
 
 
 def first_images(subset: Subset, count: int, image_size: int) -> NDArray[np.uint8]:

@@ -1,5 +1,9 @@
 """Large cells train compiled: the same training up to rounding, the same whether interrupted or not."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,16 @@ from ssl_diversity.sweep.profile import load_profile
 from ssl_diversity.train import CellSpec, pretrain
 
 FEW = ["source=digits", "unique_samples=128", "budget=640"]
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> Iterator[None]:
+    """On a CPU torch needs one for C++, which the project does not."""
+    if why := compiling._broken("cpu", 1):
+        assert not os.environ.get("SSL_DIVERSITY_REQUIRE_CXX"), why
+        pytest.skip(f"torch cannot compile here: {why}")
+    yield
+    torch.compiler.reset()
 
 
 def cell(method: str, *texts: str) -> CellSpec:
@@ -76,26 +90,54 @@ def test_interrupted_it_goes_on_to_the_same_bits(home: Path, tmp_path: Path, alw
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
-def test_without_a_compiler_it_trains_all_the_same_and_says_so(
+def test_without_a_compiler_it_trains_all_the_same_and_says_so(home: Path, tmp_path: Path) -> None:
+    spec = cell("simclr").model_dump_json()
+    script = (
+        "import sys; from pathlib import Path; from ssl_diversity import train; from ssl_diversity.runtime import Runtime;"
+        "train.COMPILED_FROM = 640; spec = train.CellSpec.model_validate_json(sys.argv[1]);"
+        "print(train.pretrain(spec, Path(sys.argv[2]), Runtime())['compiled'])"
+    )
+    without = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    ended = subprocess.run(
+        [sys.executable, "-c", script, spec, str(tmp_path)],
+        env=os.environ | without, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ended.stdout.split()[-1] == "False"
+    (line,) = [line for line in ended.stderr.splitlines() if "torch.compile" in line]
+    assert "does not work here" in line
+
+
+def test_it_may_be_switched_off(
     home: Path,
     tmp_path: Path,
     always: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-    compiling._broken.cache_clear()
-    torch.compiler.reset()
-    try:
-        result, _ = trained(cell("simclr"), tmp_path / "out")
-    finally:
-        compiling._broken.cache_clear()
-        torch.compiler.reset()
-    assert result["compiled"] is False
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
-    assert "does not work here" in line
+    spec = cell("simclr")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert trained(spec, tmp_path / "out")[0]["compiled"] is False
+    assert "does not work here: TORCH_COMPILE_DISABLE=1" in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_compiled_after_all_trains_as_it_is(
+    home: Path, tmp_path: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a disk that is full by then."""
+    spec = cell("simclr")
+
+    def compile_module(module: torch.nn.Module, **how: Any) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=refuse, **how)
+
+    def refuse(graph: Any, inputs: Any) -> Any:
+        refused.append(graph)
+        raise OSError("no space left on device")
+
+    refused: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    result, _ = trained(spec, tmp_path / "out")
+    assert refused
+    assert result["samples_seen"] == 640
 
 
 def test_the_key_says_so_and_follows_from_the_whole_budget_alone(home: Path) -> None:
@@ -121,7 +163,16 @@ def test_the_key_says_so_and_follows_from_the_whole_budget_alone(home: Path) -> 
         ("mae", 3_999_936): False,
         ("mae", 4_000_000): False,
     }
-    for planned in plans.cells:
+    large = expand(
+        config.load(
+            "quickstart",
+            ["methods=[simclr]", "sources=[digits]", "budget=4e6", "batch_size=512", "unique_samples=[1024]"],
+        )
+    )
+    for planned in (*plans.cells, *large.cells):
         assert planned.task is not None
         spec = planned.task.spec
+        assert isinstance(spec, CellSpec)
         assert planned.task.key == type(planned.task)("pretrain", spec).key  # as the series has it
+        assert planned.like.endswith("/compiled") == spec.compiled
+    assert not large.cells[0].like.endswith("/compiled")  # 3,999,744 samples are whole batches

@@ -1,10 +1,14 @@
 """Cells at once: all of them train for real, at the same time, and what goes wrong in one is told."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ssl_diversity import together
@@ -38,7 +42,7 @@ def test_what_was_measured_is_what_plans_go_by(home: Path, capfd: pytest.Capture
     known = estimate.times()
     for count in (1, 2):
         place = estimate.place(sharing.with_workers(local, count))  # type: ignore[arg-type]
-        seconds = known.seconds(f"together/{plan.cells[0].like}", 1, place)
+        seconds = known.seconds(f"pretrain/{plan.cells[0].like}", 1, place)
         assert seconds == pytest.approx(count / record["samples_per_second"][str(count)])
 
 
@@ -56,13 +60,13 @@ def test_one_that_finds_no_memory_ends_the_measuring_and_is_told(
 ) -> None:
     def reached(spec: CellSpec, runtime: Runtime, count: int) -> float:
         if count > 2:
-            raise MemoryError("CUDA out of memory\nat length")
+            raise together.ProcessFailed("OutOfMemoryError: CUDA out of memory")
         return 100.0 * count
 
     monkeypatch.setattr(together, "samples_per_second", reached)
     assert main(["profile", *FEW, "--at-once", "1,2,4,8"]) == 0
     said = capsys.readouterr()
-    assert "simclr: 4 at once: MemoryError: CUDA out of memory\n" in said.err
+    assert "simclr: 4 at once: OutOfMemoryError: CUDA out of memory\n" in said.err
     assert said.out.splitlines()[-1].split() == [
         "simclr",
         "conv-tiny",
@@ -82,6 +86,7 @@ def test_one_that_finds_no_memory_ends_the_measuring_and_is_told(
         (["--at-once", "two"], "expected numbers of cells"),
         (["--at-once", "1,2", "--steps", "3"], "draws nothing"),
         (["--at-once", "1,2", "--profile", "slurm"], "slurm has others"),
+        (["--at-once", "1,2", "--device", "cuda"], "no GPU here"),
     ],
 )
 def test_mistakes_are_a_line(
@@ -91,23 +96,49 @@ def test_mistakes_are_a_line(
     assert told in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_no_process_behind(home: Path) -> None:
-    import signal
-    import time
-
-    import psutil
-
+def begun(count: int) -> "tuple[subprocess.Popen[str], list[psutil.Process]]":
+    """The command on a cell without end, and its processes once all of them train."""
     prepared()
-    run = [sys.executable, "-m", "ssl_diversity", "profile", *FEW[:3], "budget=100000000", "--at-once", "2"]
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    run = [
+        sys.executable,
+        "-m",
+        "ssl_diversity",
+        "profile",
+        *FEW[:3],
+        "budget=100000000",
+        "--at-once",
+        str(count),
+    ]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children: list[psutil.Process] = []
-    while len(children) < 3:  # two, and multiprocessing's tracker of resources
+    while len(children) < count:
         assert process.poll() is None
         time.sleep(0.05)
-        children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+        alive = psutil.Process(process.pid).children(recursive=True)
+        children = [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
+    return process, children
+
+
+def test_a_ctrl_c_leaves_no_process_behind(home: Path) -> None:
+    process, children = begun(2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in said
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive
+    assert not psutil.wait_procs(children, timeout=60)[1]
+
+
+def test_nor_does_its_death(home: Path) -> None:
+    process, children = begun(2)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=60)[1]
+
+
+def test_a_process_that_is_killed_is_told_and_the_others_end(home: Path) -> None:
+    process, children = begun(2)
+    children[0].kill()
+    _, said = process.communicate(timeout=120)
+    assert "2 at once: a process was killed (out of memory?)" in said
+    assert "Traceback" not in said
+    assert not psutil.wait_procs(children, timeout=60)[1]

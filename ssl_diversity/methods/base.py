@@ -41,6 +41,8 @@ class Method(pl.LightningModule):
     mean_over_samples = False
     """Whether the loss is a mean of losses of single samples. If not, ranks gather what `forward` gives, (B, d) each."""
     last_loss: Tensor
+    compiled = False
+    """Whether torch.compile has its networks, as `compiling.compile_networks` sets it."""
 
     def __init__(
         self, *, backbone: str, image_size: int, recipe: Recipe, budget: int, batch_size: int, seed: int

@@ -26,7 +26,7 @@ from ssl_diversity.sweep.plan import Baseline, Cell, Plan, expand
 from ssl_diversity.sweep.status import duration
 from ssl_diversity.sweep.task import Task
 
-MEASURED = ("effective_rank", "collapsed", "flops", "train_seconds", "peak_memory_bytes")
+MEASURED = ("effective_rank", "collapsed", "compiled", "flops", "train_seconds", "peak_memory_bytes")
 NEAR = (
     "extractor",
     "frechet",

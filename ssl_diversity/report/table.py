@@ -59,6 +59,7 @@ COLUMNS = {
     "vendi": _REAL,
     "effective_rank": _REAL,
     "collapsed": _FLAG,
+    "compiled": _FLAG,
     "flops": _INTEGER,
     "train_seconds": _REAL,
     "peak_memory_bytes": _INTEGER,

@@ -265,7 +265,8 @@ def cell_like(sweep: SweepConfig, cell: Cell) -> str:
     tier = choose_tier(n, size, remote=any(pool.remote for pool in cell.source.pools))
     decode = "" if tier == "resident" else f"/{sweep.decode}"
     order = "windowed" if sweep.windowed else "global"
-    how = f"{order}/{tier}{decode}{'/compiled' if pays_to_compile(cell.backbone, cell.budget or 0) else ''}"
+    samples = max(budget.used(cell.budget, cell.batch_size), n) if cell.budget else 0
+    how = f"{order}/{tier}{decode}{'/compiled' if pays_to_compile(cell.backbone, samples) else ''}"
     return f"{cell.method}/{cell.backbone}/{work}/{size}px/{sweep.precision}/batch{cell.batch_size}/{how}"
 
 

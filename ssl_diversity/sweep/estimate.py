@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from ssl_diversity.config import Config
 from ssl_diversity.files import digest, read_json, write_json
+from ssl_diversity.runtime import machine
 from ssl_diversity.sweep.profile import LocalProfile, Profile
 from ssl_diversity.sweep.store import cache_dir
 from ssl_diversity.sweep.task import Task
 
 KEPT, SIZES = 5, 6  # measurements kept of each number of units, and such numbers: the latest
+TOGETHER = "together/"
 APART = 1.5  # how far apart numbers of units must be to tell what is fixed
 _EACH = frozenset(
     {"samples", "seed", "rows_digest", "rows_count", "first_block", "blocks"}
@@ -63,12 +65,17 @@ class Times:
     def seconds(self, like: str, units: float, place: str) -> float | None:
         """Of a task of so many units; None where none like it was measured, or `units` is 0 (not known)."""
         what = f"{like}@{place}"
+        if what not in self._measured:
+            what = f"{together(like)}@{place}"
         if what not in self._measured or not units:
             return None
         if what not in self._fits:
             self._fits[what] = fit([Measured(*one) for one in self._measured[what]])
         fixed, each = self._fits[what]
         return fixed + each * units
+
+    def any_together(self) -> bool:
+        return any(what.startswith(TOGETHER) for what in self._measured)
 
     def of(self, task: Task, place: str) -> float | None:
         return self.seconds(task.like, task.units, place)
@@ -85,6 +92,11 @@ class Times:
     def typical(self, place: str) -> float | None:
         """Mean seconds per sample of the kinds of cells measured at a place."""
         return statistics.fmean(self._cells[place]) if place in self._cells else None
+
+
+def together(like: str) -> str:
+    """What `profile --at-once` measured of cells like it is kept as, on this machine."""
+    return f"{TOGETHER}{machine()}/{like}"
 
 
 def times() -> Times:

@@ -13,6 +13,9 @@ from ssl_diversity.sweep.profile import LocalProfile, Profile
 
 MOST = 256  # workers that are thought of
 GAIN = 1.05  # how much sooner another number of workers must be done, to be preferred to the usual one
+LARGE = frozenset(
+    {"train-generator", "sample", "generate"}
+)  # kinds of tasks that may need a GPU of their own
 
 
 def with_workers(profile: LocalProfile, workers: int) -> LocalProfile:
@@ -22,37 +25,33 @@ def with_workers(profile: LocalProfile, workers: int) -> LocalProfile:
 def note(like: str, profile: LocalProfile, samples_per_second: float) -> None:
     """Remember what all workers of a profile reached together, on cells like `like`."""
     each = profile.layout()[0] / samples_per_second
-    estimate.note(f"together/{like}", Measured(1, each, each), estimate.place(profile))
+    estimate.note(estimate.together(f"pretrain/{like}"), Measured(1, each, each), estimate.place(profile))
 
 
 def settled(profile: Profile, plan: Plan) -> Profile:
     """`profile` with a number of workers, if it leaves that open and another than the usual one was measured to pay.
 
-    The whole plan counts, not what is left of it, so that one sweep is always run by the same number.
+    Every kind of cell of the plan must have been measured, with both numbers. The whole plan counts, not what is left of
+    it, so that one sweep is always run by the same number. On GPUs a plan that generates images keeps the usual one.
     """
-    if not isinstance(profile, LocalProfile) or profile.workers != "auto":
+    known = estimate.times()
+    if not isinstance(profile, LocalProfile) or profile.workers != "auto" or not known.any_together():
+        return profile
+    if profile.likely_device == "cuda" and any(task.kind in LARGE for task in plan.tasks):
         return profile
     work: dict[str, Counter[int]] = {}  # like -> samples of a cell -> number of such cells
     for cell in plan.cells:
         if cell.budget is not None and cell.like:
             work.setdefault(cell.like, Counter())[cell.budget] += 1
-    usual = profile.layout()[0]
-    known = estimate.times()
-
-    def rates(workers: int) -> dict[str, float]:
-        """Seconds of one worker per sample, by what cells are like."""
+    taken = {}
+    for workers in range(1, MOST + 1):
         place = estimate.place(with_workers(profile, workers))
-        found = {like: known.seconds(f"together/{like}", 1, place) for like in work}
-        return {like: seconds for like, seconds in found.items() if seconds is not None}
-
-    measured = {workers: rates(workers) for workers in range(1, MOST + 1)}
-    likes = measured[usual].keys() if usual in measured else set[str]()
-    taken = {
-        workers: _seconds(workers, {like: work[like] for like in likes}, found)
-        for workers, found in measured.items()
-        if likes and likes <= found.keys()
-    }
-    if not taken:
+        each = {like: known.seconds(estimate.together(f"pretrain/{like}"), 1, place) for like in work}
+        measured = {like: seconds for like, seconds in each.items() if seconds is not None}
+        if work and measured.keys() == work.keys():
+            taken[workers] = _seconds(workers, work, measured)
+    usual = profile.layout()[0]
+    if usual not in taken:
         return profile
     best = min(taken, key=lambda workers: taken[workers])
     return with_workers(profile, best) if taken[best] * GAIN < taken[usual] else profile

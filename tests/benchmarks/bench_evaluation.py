@@ -26,6 +26,8 @@ from ssl_diversity.evaluation.labels import Labelled
 from ssl_diversity.evaluation.linear import linear
 from ssl_diversity.features import embed_images, random_network
 
+WARM_STEPS = 2
+
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -83,12 +85,10 @@ def main() -> None:
         pool = photo_pool(args.size)
         reader = prefix(pool, args.batch * 2)
 
-        def cell(steps: int) -> float:
-            module = setting.module(args.method, steps)
-            return setting.fit(module, setting.order(2 * args.batch, steps), reader)
-
-        cell(1)
-        training = cell(args.steps) / (args.steps * args.batch) * args.budget
+        steps = args.steps + WARM_STEPS
+        order = setting.order(2 * args.batch, steps)
+        trained = setting.fit(setting.module(args.method, steps), order, reader, WARM_STEPS)
+        training = trained / (args.steps * args.batch) * args.budget
     whole = (args.train + args.test) / len(images)
     settings = ProbeSettings()
     costs = {

@@ -83,7 +83,7 @@ def lightly_rate(folder: Path, args: argparse.Namespace, precision: str, workers
         shuffle=True,
         drop_last=True,
         num_workers=workers,
-        persistent_workers=True,
+        persistent_workers=workers > 0,
     )
     clock = Clock(warm_up(workers), Setting(device=args.device).wait)
     trainer = pl.Trainer(
@@ -144,7 +144,7 @@ def main() -> None:
         f"SimCLR, {args.backbone}, {args.size} px, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, "
         f"{args.rounds} rounds of {args.steps} steps"
     )
-    peers = [key for key in rates if key[1]]
+    peers = [key for key in rates if key[1] is not None]
     for key, values in rates.items():
         ratios_to = " ".join(f"{ratio(values, rates[peer]):.2f} ({label(*peer)})" for peer in peers)
         print(f"{label(*key):30} {statistics.median(values):8.1f} samples/s   to {ratios_to}")

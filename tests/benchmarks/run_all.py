@@ -26,6 +26,7 @@ import ratios
 
 from ssl_diversity.files import write_atomic
 from ssl_diversity.runtime import cores
+from ssl_diversity.sweep.profile import visible_gpus
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[1] / "docs" / "benchmarks.md"
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ratios.section(docs.read_text(), args.device)
     except (OSError, ValueError) as error:
         parser.error(f"{docs}: {error}")
+    if args.device == "cuda" and not visible_gpus():
+        parser.error("--device cuda: no GPU here")
     measured_on = setting(args.device)
     printed, failed = [], []
     for name in (name for name in BENCHMARKS if name in args.only):

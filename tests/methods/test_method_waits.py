@@ -1,4 +1,4 @@
-"""A step on a GPU never waits for it: no value is read, nothing is counted. Meta tensors have neither values nor counts."""
+"""A step reads nothing back from a GPU: no value, no count. Meta tensors, which take the same path, have neither."""
 
 import contextlib
 from typing import Any
