@@ -29,9 +29,7 @@ HEAD_SPREAD = (
 )
 
 
-COMPILED_FROM = (
-    4_000_000  # samples: a compilation (up to a minute) then costs less than it saves, on a GPU, too
-)
+COMPILED_FROM = 4_000_000  # samples, in whose time a compilation does not matter
 
 
 def pays_to_compile(backbone: str, budget: int) -> bool:
@@ -102,9 +100,7 @@ def open_cell(spec: CellSpec, runtime: Runtime) -> "tuple[Subset, Order, Method,
         batch_size=spec.batch_size,
         seed=spec.seed,
     )
-    if (
-        spec.compiled and runtime.group.ranks.world == 1
-    ):  # what ranks do together in a network cannot be compiled
+    if spec.compiled:
         _compile(module, runtime)
     reader = open_reader(
         subset,
@@ -176,9 +172,11 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def _compile(module: "Method", runtime: Runtime) -> None:
-    """If possible; if not, a line says why, and training goes on without."""
+    """If possible; if not, a line says why, and training goes on without. What ranks do within a network is not."""
     from ssl_diversity.methods.compiling import compile_networks
 
+    if runtime.group.ranks.world > 1:
+        return
     if why := compile_networks(module, runtime.device, runtime.threads):
         print(f"trains without torch.compile, which does not work here: {why}", file=sys.stderr, flush=True)
 

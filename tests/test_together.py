@@ -119,6 +119,7 @@ def begun(count: int) -> "tuple[subprocess.Popen[str], list[psutil.Process]]":
     return process, children
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_leaves_no_process_behind(home: Path) -> None:
     process, children = begun(2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -128,6 +129,7 @@ def test_a_ctrl_c_leaves_no_process_behind(home: Path) -> None:
     assert not psutil.wait_procs(children, timeout=60)[1]
 
 
+@pytest.mark.slow
 def test_nor_does_its_death(home: Path) -> None:
     process, children = begun(2)
     process.kill()
@@ -135,6 +137,7 @@ def test_nor_does_its_death(home: Path) -> None:
     assert not psutil.wait_procs(children, timeout=60)[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_and_the_others_end(home: Path) -> None:
     process, children = begun(2)
     children[0].kill()

@@ -20,7 +20,7 @@ from ssl_diversity.sweep.store import cache_dir
 from ssl_diversity.sweep.task import Task
 
 KEPT, SIZES = 5, 6  # measurements kept of each number of units, and such numbers: the latest
-TOGETHER = "together/"
+TOGETHER = "together/"  # how the records of `profile --at-once` begin
 APART = 1.5  # how far apart numbers of units must be to tell what is fixed
 _EACH = frozenset(
     {"samples", "seed", "rows_digest", "rows_count", "first_block", "blocks"}
