@@ -240,11 +240,12 @@ start_accounting() {
 
 controller_answers() { scontrol ping | grep -q 'is UP'; }
 nodes_ready() { [ "$(sinfo -h -N -p main -o %t | grep -cE '^(idle|mix|alloc|comp)$')" = "$NODES" ]; }
-# A node whose slurmd came back while the controller was busy may stay down until the next ping: ask for it.
+# A node whose slurmd came back while the controller was busy may stay down until the next ping, and one on which a
+# killed controller finds its own job ("Duplicate jobid") is drained until somebody asks for it: ask.
 nodes_return() {
   local node
   nodes_ready && return
-  for node in $(sinfo -h -N -p main -o '%N %t' | awk '$2 ~ /^down/ {print $1}'); do
+  for node in $(sinfo -h -N -p main -o '%N %t %E' | awk '$2 ~ /^down/ || /Duplicate jobid/ {print $1}'); do
     scontrol update nodename="$node" state=resume || true
   done
   return 1
