@@ -64,6 +64,7 @@ def profile(
         if device not in ("cpu", "cuda"):
             raise UserError(f"--device {device}: expected cpu or cuda")
         profile = profile.model_copy(update={"device": device})
+    counts: list[int] = []
     if at_once is not None:
         if steps is not None or threads is not None or picture is not None:
             raise UserError(
@@ -71,10 +72,12 @@ def profile(
             )
         if not isinstance(profile, LocalProfile) or profile.ranks > 1:
             raise UserError(f"--at-once: measures this machine's workers of one process; {where} has others")
-        counts, cells = _counts(at_once), _cells("quickstart" if "=" in sweep else sweep, texts, profile)
+        counts = _counts(at_once)
+    cells = _cells("quickstart" if "=" in sweep else sweep, texts, profile)
+    if counts:
         return _at_once(cells, profile, counts, as_json)
     found = []
-    for cell in _cells("quickstart" if "=" in sweep else sweep, texts, profile):
+    for cell in cells:
         with progress_bar(f"profile {cell.method}") as bar:
             runtime = Runtime(
                 profile.likely_device,

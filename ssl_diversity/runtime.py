@@ -67,13 +67,24 @@ def cores() -> int:
 @cache
 def machine() -> str:
     """Its first GPU and its processor by their models, and its cores; asks no driver."""
-    models = []
-    for pattern, name in (("driver/nvidia/gpus/*/information", "Model"), ("cpuinfo", "model name")):
-        for path in sorted(Path("/proc").glob(pattern))[:1]:
-            with contextlib.suppress(OSError):
-                lines = (line.partition(":") for line in path.read_text().splitlines())
-                models += [value.strip() for key, _, value in lines if key.strip() == name][:1]
-    return ", ".join([*models, f"{cores()} cores"])
+    models = [_told("driver/nvidia/gpus/*/information", "Model"), processor(), f"{cores()} cores"]
+    return ", ".join(filter(None, models))
+
+
+def processor() -> str:
+    """Its model, "" where the system does not tell."""
+    return _told("cpuinfo", "model name")
+
+
+def _told(pattern: str, name: str) -> str:
+    """The first value of that name in the first such file of /proc."""
+    for path in sorted(Path("/proc").glob(pattern))[:1]:
+        with contextlib.suppress(OSError):
+            for line in path.read_text().splitlines():
+                key, _, value = line.partition(":")
+                if key.strip() == name:
+                    return value.strip()
+    return ""
 
 
 def on_terminal() -> bool:

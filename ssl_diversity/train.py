@@ -32,13 +32,13 @@ HEAD_SPREAD = (
 COMPILED_FROM = 4_000_000  # samples, in whose time a compilation does not matter
 
 
-def pays_to_compile(backbone: str, budget: int) -> bool:
+def pays_to_compile(backbone: str, samples: int) -> bool:
     """Whether a cell's networks are compiled, which changes results by rounding.
 
     Decided by its C, never by what is left of it: a resumed run computes as an undisturbed one. ViTs, which are mostly
     matrix products, are not.
     """
-    return budget >= COMPILED_FROM and not is_vit(backbone)
+    return samples >= COMPILED_FROM and not is_vit(backbone)
 
 
 class CellSpec(Config):

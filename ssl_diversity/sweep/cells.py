@@ -54,6 +54,13 @@ class Cell:
         """The rows that the cell sees: of one pool, or of each pool of a mixture. () while it waits."""
         return self.subset.parts if self.subset is not None else ()
 
+    @property
+    def samples(self) -> int:
+        """C_used, which is what determines the result; an N above it must still be within the budget. 0 while unknown."""
+        if self.budget is None or self.unique_samples is None:
+            return 0
+        return max(budget.used(self.budget, self.batch_size), self.unique_samples)
+
     def vary(self, **values: Any) -> "Cell":
         """`dataclasses.replace` that looks at no field twice: a sweep has many thousands of cells."""
         new = object.__new__(Cell)
@@ -119,8 +126,7 @@ class Maker:
             return cell.vary(seed=seed, replicate=replicate)
         draw = self.draw(source, n, replicate)
         name = f"{cell.method}/{cell.backbone} {source.name} N={n} C={c} seed {seed}"
-        # C_used, which is what determines the result; an N above it must still be within the budget
-        samples = max(budget.used(c, cell.batch_size), n)
+        samples = cell.samples
         values = {
             "parts": draw.specs,
             "rows_digest": draw.digest,
@@ -265,8 +271,7 @@ def cell_like(sweep: SweepConfig, cell: Cell) -> str:
     tier = choose_tier(n, size, remote=any(pool.remote for pool in cell.source.pools))
     decode = "" if tier == "resident" else f"/{sweep.decode}"
     order = "windowed" if sweep.windowed else "global"
-    samples = max(budget.used(cell.budget, cell.batch_size), n) if cell.budget else 0
-    how = f"{order}/{tier}{decode}{'/compiled' if pays_to_compile(cell.backbone, samples) else ''}"
+    how = f"{order}/{tier}{decode}{'/compiled' if pays_to_compile(cell.backbone, cell.samples) else ''}"
     return f"{cell.method}/{cell.backbone}/{work}/{size}px/{sweep.precision}/batch{cell.batch_size}/{how}"
 
 

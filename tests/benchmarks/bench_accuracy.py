@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import ratios
 import torch
-from scipy import stats
 
 from ssl_diversity.data import recipes
 from ssl_diversity.data.pool import Pool
@@ -113,16 +112,11 @@ def main() -> None:
             for index, probe in enumerate(("knn", "linear")):
                 optimised, plain = ([values[index] for values in found[path]] for path in PATHS)
                 differences = [a - b for a, b in zip(optimised, plain, strict=True)]
-                mean = statistics.mean(differences)
-                half = stats.t.ppf(0.975, args.seeds - 1) * statistics.stdev(differences) / args.seeds**0.5
-                rows.append(
-                    ratios.Row(
-                        f"{method}, {probe}", mean, "points", mean - half, mean + half, at_least=-1, below=1
-                    )
-                )
+                mean, low, high = ratios.interval(differences)
+                rows.append(ratios.Row(f"{method}, {probe}", mean, "points", low, high, at_least=-1, below=1))
                 print(
                     f"{method:12} {probe:6} optimised {statistics.mean(optimised):.2f} plain {statistics.mean(plain):.2f} "
-                    f"difference {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) points; "
+                    f"difference {mean:+.2f} ({low:+.2f} to {high:+.2f}) points; "
                     f"by seed {' '.join(f'{d:+.2f}' for d in differences)}",
                     flush=True,
                 )

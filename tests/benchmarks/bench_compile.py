@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ratios
 import torch
+import training_cells
 from bench_step import WARM_STEPS, bare_step, seconds
 from training_cells import Setting
 
@@ -26,26 +27,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=["simclr"])
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--recipe", default="small")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=3, help="per round")
+    training_cells.add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
     ratios.add_option(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setting = Setting(
-        args.backbone,
-        recipe=args.recipe,
-        size=args.size,
-        batch=args.batch,
-        precision=args.precision,
-        device=args.device,
-    )
+    setting = Setting.of(args)
     rows = []
     for method in args.methods:
         modules = [setting.module(method, args.steps) for _ in range(2)]

@@ -8,14 +8,12 @@ scikit-learn's photographs. Prints the mean ratio with its 95 % t-interval; with
 
 import argparse
 import os
-import statistics
 import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ratios
 import torch
-from scipy import stats
 from training_cells import Setting, photo_pool, prefix
 
 
@@ -58,11 +56,10 @@ def main() -> None:
                 f"N = {args.small}: {taken[args.small]:.2f} s   N = C = {samples}: {taken[samples]:.2f} s",
                 flush=True,
             )
-    mean = statistics.mean(pairs)
-    half = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    print(f"ratio {mean:.4f}, 95 % interval {mean - half:.4f} to {mean + half:.4f}")
+    mean, low, high = ratios.interval(pairs)
+    print(f"ratio {mean:.4f}, 95 % interval {low:.4f} to {high:.4f}")
     what = f"seconds at N = {args.small} to those at N = C = {samples}, {args.method}"
-    ratios.write(args.json, [ratios.Row(what, mean, low=mean - half, high=mean + half, below=1.03)])
+    ratios.write(args.json, [ratios.Row(what, mean, low=low, high=high, below=1.03)])
 
 
 if __name__ == "__main__":

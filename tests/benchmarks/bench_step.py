@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ratios
 import torch
+import training_cells
 from training_cells import Setting, autocast, photo_pool, prefix
 
 from ssl_diversity import loop
@@ -37,15 +38,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--vit", default="vit-s", help="MAE's backbone")
-    parser.add_argument("--recipe", default="small")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=3, help="per round")
+    training_cells.add_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
     ratios.add_option(parser)
     return parser
@@ -128,9 +121,7 @@ def measure(setting: Setting, pool: Pool, method: str, steps: int, rounds: int) 
 def main() -> None:
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
-    setting = Setting(
-        args.backbone, args.vit, args.recipe, args.size, args.batch, args.precision, args.device
-    )
+    setting = Setting.of(args)
     print(
         f"{args.backbone} (MAE: {args.vit}), {args.size} px, batch {args.batch}, {args.recipe} recipes, {args.precision}, "
         f"{args.device}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps, torch {torch.__version__}"

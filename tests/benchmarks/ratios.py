@@ -2,9 +2,12 @@
 
 import argparse
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from scipy import stats
 
 from ssl_diversity.files import read_json, write_json
 
@@ -50,6 +53,13 @@ class Row:
         between = "" if self.low is None else f"{self.low:{numeric}} to {self.high:{numeric}}{unit}"
         met = {None: "", True: "yes", False: "**no**"}[self.met]
         return f"| {self.what} | {self.value:{numeric}}{unit} | {between} | {self.target} | {met} |"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of paired values, and its 95 % t-interval."""
+    mean = statistics.mean(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import ratios
 
 from ssl_diversity.files import write_atomic
-from ssl_diversity.runtime import cores
+from ssl_diversity.runtime import cores, processor
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[1] / "docs" / "benchmarks.md"
@@ -148,7 +148,7 @@ def setting(device: str) -> str:
 
 
 def machine(device: str) -> str:
-    cpu = f"{cpu_model()}, {cores()} cores"
+    cpu = f"{processor() or platform.machine()}, {cores()} cores"
     if device == "cpu":
         return cpu
     import torch
@@ -156,13 +156,6 @@ def machine(device: str) -> str:
     if not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU here")
     return f"{torch.cuda.get_device_name()}; {cpu}"
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What the training benchmarks share: a pool that needs no download, a cell's module, `loop.fit` on so many steps."""
 
+import argparse
 import contextlib
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -31,6 +33,11 @@ class Setting:
     batch: int = 256
     precision: str = "bf16-mixed"
     device: str = "cpu"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """As `add_options` was answered."""
+        return cls(args.backbone, args.vit, args.recipe, args.size, args.batch, args.precision, args.device)
 
     def module(self, method: str, steps: int, seed: int = 0) -> Method:
         budget = steps * self.batch
@@ -75,6 +82,19 @@ class Setting:
         """Until the device has done what it was given."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks of single steps are asked for."""
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--vit", default="vit-s", help="MAE's backbone")
+    parser.add_argument("--recipe", default="small")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=3, help="per round")
 
 
 def photo_pool(size: int, path: str | None = None, patch: int = 16) -> Pool:
