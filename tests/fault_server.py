@@ -93,9 +93,18 @@ class FaultServer:
         with self._lock:
             self.counts[path, what] += amount
 
-    def sent(self, path: str, first: int, last: int) -> None:
+    def answer(self, path: str, first: int) -> int:
+        """The number, among the answers to `path`, of one that begins at byte `first`."""
         with self._lock:
-            self.served[path].append((first, last))
+            self.served[path].append((first, first))
+            return len(self.served[path]) - 1
+
+    def send(self, path: str, answer: int, amount: int) -> None:
+        """Called before they are written: what a client has read is counted, whenever it looks."""
+        with self._lock:
+            first, last = self.served[path][answer]
+            self.served[path][answer] = first, last + amount
+            self.counts[path, "bytes"] += amount
 
     def total(self, what: str) -> int:
         """Over all paths."""
@@ -187,11 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", etag)
         self.end_headers()
         file.seek(first)
-        sent = self._body(name, file, length, fault)
-        self.owner.count(name, "bytes", sent)
-        self.owner.sent(name, first, first + sent)
+        self._body(name, file, length, fault, self.owner.answer(name, first))
 
-    def _body(self, name: str, file: Any, length: int, fault: Fault | None) -> int:
+    def _body(self, name: str, file: Any, length: int, fault: Fault | None, answer: int) -> None:
         kind, after = (fault.kind, fault.after) if fault is not None else ("", 0)
         sent = 0
         try:
@@ -204,19 +211,19 @@ class _Handler(BaseHTTPRequestHandler):
                     piece = min(CHUNK, max(1, after - sent + (kind == "flip")))
                 if kind == "cut" and sent >= min(after, length - 1):
                     self.close_connection = True
-                    return sent
+                    return
                 if kind == "stall" and sent >= min(after, length - 1):
                     self.owner.ending.wait(fault.seconds if fault is not None else 0)
                     self.close_connection = True
-                    return sent
+                    return
                 data = file.read(min(piece, length - sent))
                 if kind == "flip" and sent + len(data) == after + 1:
                     data = data[:-1] + bytes([data[-1] ^ 1])
+                self.owner.send(name, answer, len(data))
                 self.wfile.write(data)
                 sent += len(data)
         except OSError:
             self.close_connection = True
-        return sent
 
 
 def wait_until(condition: Any, seconds: float = 20.0) -> None:
