@@ -15,7 +15,7 @@ from ssl_diversity import cli_data, cli_launch, cli_profile, files
 from ssl_diversity.cli_data import mapping, out, progress_bar
 from ssl_diversity.config import parse_overrides, validate
 from ssl_diversity.errors import UserError
-from ssl_diversity.runtime import Runtime
+from ssl_diversity.runtime import Runtime, chosen_device
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -293,7 +293,7 @@ def _verify_generated(supply: Any, count: int, where: Any) -> int:
     if supply.pool is None:
         raise UserError(f"{supply.name}: not made yet; run the same command without --verify first")
     with progress_bar(f"verify {supply.name}") as bar:
-        runtime = Runtime(where.likely_device, where.layout()[1], progress=bar, note=bar.note)
+        runtime = Runtime(chosen_device(where.device), where.layout()[1], progress=bar, note=bar.note)
         found = verify(supply.tasks[-1].spec, count, runtime)
     out.print(mapping(found))
     return 0 if found["equal"] == found["images"] else 1
@@ -321,10 +321,10 @@ def distance(
     """
     from ssl_diversity.data.subset import Subset
     from ssl_diversity.distance.config import DistanceSpec, extractor_digest
-    from ssl_diversity.runtime import device as device_of
 
     if n < 2:
         raise UserError(f"n={n}: a distance is one of distributions; give at least 2 images of each set")
+    place = chosen_device(device)
     a, b = (_pool(text, size) for text in (first, second))
     n = min(n, a.size, b.size)
     subset = Subset(((a, a.rows(n)),))
@@ -341,7 +341,7 @@ def distance(
     )
     function = importlib.import_module("ssl_diversity.distance.task").distance
     with tempfile.TemporaryDirectory() as folder, progress_bar(f"{a.name} to {b.name}") as tell:
-        found = function(spec, Path(folder), Runtime(device=device_of(device), progress=tell))
+        found = function(spec, Path(folder), Runtime(device=place, progress=tell))
     out.print(mapping(found))
 
 

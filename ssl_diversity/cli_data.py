@@ -17,7 +17,7 @@ from rich.text import Text
 from ssl_diversity import files
 from ssl_diversity.config import parse_overrides
 from ssl_diversity.errors import UserError
-from ssl_diversity.runtime import Runtime, cores, on_terminal
+from ssl_diversity.runtime import Runtime, chosen_device, cores, on_terminal
 
 PLAIN_WIDTH = 160  # columns where the output is not a terminal
 
@@ -284,11 +284,11 @@ def data_page(
     """
     from ssl_diversity.data.pool import find
     from ssl_diversity.report.pool_page import write_pool_page
-    from ssl_diversity.runtime import device as device_of
 
+    place = chosen_device(device)
     pool, real = find(name), find(reference) if reference else None
     with progress_bar(f"page of {pool.name}") as bar:
-        runtime = Runtime(device=device_of(device), threads=cores(), progress=bar, note=bar.note)
+        runtime = Runtime(device=place, threads=cores(), progress=bar, note=bar.note)
         path = write_pool_page(pool, to, reference=real, extractor=extractor, n=n, runtime=runtime)
     out.print(f"{path}")
 

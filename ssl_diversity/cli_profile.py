@@ -1,6 +1,7 @@
 """The command `profile`: what one training step costs, part by part."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from ssl_diversity.cli_data import out, progress_bar
 from ssl_diversity.errors import UserError
-from ssl_diversity.runtime import Runtime
+from ssl_diversity.runtime import Runtime, chosen_device
 
 if TYPE_CHECKING:
     from ssl_diversity.profiling import StepProfile
@@ -56,13 +57,12 @@ def profile(
     ssl-diversity profile quickstart --at-once 1,2,4
     """
     from ssl_diversity import profiling
+    from ssl_diversity.report import step_figure
     from ssl_diversity.sweep.profile import LocalProfile, load_profile
 
     texts = [*([sweep] if "=" in sweep else []), *(overrides or [])]
     profile = load_profile(where)
     if device is not None:
-        if device not in ("cpu", "cuda"):
-            raise UserError(f"--device {device}: expected cpu or cuda")
         profile = profile.model_copy(update={"device": device})
     counts: list[int] = []
     if at_once is not None:
@@ -73,29 +73,25 @@ def profile(
         if not isinstance(profile, LocalProfile) or profile.ranks > 1:
             raise UserError(f"--at-once: measures this machine's workers of one process; {where} has others")
         counts = _counts(at_once)
+    if picture is not None:
+        step_figure.check(picture)
+    chosen = chosen_device(profile.device)
+    os.environ.update(profile.environment)  # as workers have it
     cells = _cells("quickstart" if "=" in sweep else sweep, texts, profile)
     if counts:
-        return _at_once(cells, profile, counts, as_json)
+        return _at_once(cells, profile, chosen, counts, as_json)
     found = []
     for cell in cells:
         with progress_bar(f"profile {cell.method}") as bar:
-            runtime = Runtime(
-                profile.likely_device,
-                threads or profile.layout()[1],
-                progress=bar,
-                cache_bytes=profile.cache_bytes,
-                cache_dir=profile.cache_folder,
-            )
+            runtime = _runtime(profile, chosen, threads or profile.layout()[1], progress=bar)
             assert cell.task is not None
             found.append(profiling.profile(cell.task.spec, runtime, steps))  # type: ignore[arg-type]
-    if picture is not None:
-        from ssl_diversity.report import step_figure
-
-        step_figure.save(found, picture)
     if as_json:
         print(json.dumps([one.as_record() for one in found], indent=2))
     else:
         out.print(table(found))
+    if picture is not None:
+        step_figure.save(found, picture)
 
 
 def _counts(text: str) -> list[int]:
@@ -109,56 +105,74 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _at_once(cells: "Sequence[Cell]", profile: Any, counts: list[int], as_json: bool) -> None:
-    """Measure, remember for `plan` and `sweep`, and show what so many cells on one device reach together."""
-    from ssl_diversity import together
-    from ssl_diversity.sweep import sharing
+def _at_once(cells: "Sequence[Cell]", profile: Any, device: str, counts: list[int], as_json: bool) -> None:
+    """Show what so many cells on one device reach together."""
     from ssl_diversity.sweep.profile import visible_gpus
 
-    devices = len(visible_gpus()) if profile.likely_device == "cuda" else 1
-    if not devices:
-        raise UserError("--device cuda: no GPU here; use --device cpu")
+    devices = max(1, len(visible_gpus())) if device == "cuda" else 1
     counts = sorted({*counts, max(1, profile.layout()[0] // devices)})  # to be compared with the usual number
-    records = []
-    for cell in cells:
-        assert cell.task is not None
-        reached: dict[int, float] = {}
-        with progress_bar(f"at once {cell.method}") as bar:
-            for number, count in enumerate(counts):
-                bar(number, len(counts))
-                crew = sharing.with_workers(profile, count * devices)
-                runtime = Runtime(
-                    profile.likely_device,
-                    crew.layout()[1],
-                    cache_bytes=profile.cache_bytes,
-                    cache_dir=profile.cache_folder,
-                )
-                try:
-                    reached[count] = together.samples_per_second(cell.task.spec, runtime, count)  # type: ignore[arg-type]
-                except together.ProcessFailed as error:
-                    print(f"{cell.method}: {count} at once: {error}", file=sys.stderr)
-                    break
-                sharing.note(cell.like, crew, reached[count] * devices)
-        records.append({"method": cell.method, "backbone": cell.backbone, "samples_per_second": reached})
-    failed = any(not record["samples_per_second"] for record in records)
+    records = [
+        {
+            "method": cell.method,
+            "backbone": cell.backbone,
+            "samples_per_second": _reached(cell, profile, device, counts, devices),
+        }
+        for cell in cells
+    ]
     if as_json:
         print(json.dumps(records, indent=2))
-        raise typer.Exit(int(failed))
+    else:
+        out.print(_at_once_table(records, counts, device))
+    raise typer.Exit(int(any(not record["samples_per_second"] for record in records)))
+
+
+def _reached(cell: "Cell", profile: Any, device: str, counts: list[int], devices: int) -> dict[int, float]:
+    """Measure each number of cells until one is too many, and remember it for `plan` and `sweep`."""
+    from ssl_diversity import together
+    from ssl_diversity.sweep import sharing
+
+    assert cell.task is not None
+    reached: dict[int, float] = {}
+    with progress_bar(f"at once {cell.method}") as bar:
+        for number, count in enumerate(counts):
+            bar(number, len(counts))
+            crew = sharing.with_workers(profile, count * devices)
+            runtime = _runtime(profile, device, crew.layout()[1])
+            try:
+                reached[count] = together.samples_per_second(cell.task.spec, runtime, count)  # type: ignore[arg-type]
+            except together.ProcessFailed as error:
+                print(f"{cell.method}: {count} at once: {error}", file=sys.stderr)
+                break
+            sharing.note(cell.like, crew, reached[count] * devices)
+    return reached
+
+
+def _at_once_table(records: "Sequence[dict[str, Any]]", counts: list[int], device: str) -> Table:
+    """A row per cell: its samples/s by the number at once, each also as a ratio to the first number's."""
     shown = Table(
-        title=f"samples/s of so many cells at once on one {profile.likely_device}, and to {counts[0]}",
+        title=f"samples/s of so many cells at once on one {device}, and to {counts[0]}",
         title_justify="left", box=None, header_style="bold", pad_edge=False,
     )  # fmt: skip
     for name in ("method", "backbone", *map(str, counts)):
         shown.add_column(name, justify="right" if name.isdigit() else "left", no_wrap=True)
     for record in records:
-        reached = record["samples_per_second"]  # type: ignore[assignment]
-        cells_shown = (
+        reached = record["samples_per_second"]
+        rates = (
             f"{reached[count]:,.0f} {reached[count] / reached[counts[0]]:5.2f}" if count in reached else "-"
             for count in counts
         )
-        shown.add_row(record["method"], record["backbone"], *cells_shown)  # type: ignore[arg-type]
-    out.print(shown)
-    raise typer.Exit(int(failed))
+        shown.add_row(record["method"], record["backbone"], *rates)
+    return shown
+
+
+def _runtime(profile: Any, device: str, threads: int, **more: Any) -> Runtime:
+    return Runtime(
+        device,
+        threads,
+        cache_bytes=profile.cache_bytes,
+        cache_dir=profile.cache_folder,
+        **more,
+    )
 
 
 def _cells(sweep: str, texts: list[str], profile: Any) -> "list[Cell]":

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from ssl_diversity.collectives import normalize_globally
-from ssl_diversity.data.batches import Batches, Reader
+from ssl_diversity.data.batches import Batch, Batches, Reader
 from ssl_diversity.data.order import Order, slots
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.files import replacing
@@ -83,15 +84,12 @@ def fit(
     trainer = _trainer(out, precision, guard, runtime)
     if group.ranks.world > 1:
         normalize_globally(module, runtime.device)
-    with warnings.catch_warnings(), group.entangled(lambda: guard.agreed), memory_kept():
+    with warnings.catch_warnings(), group.entangled(lambda: guard.agreed), memory_kept(), _ctrl_c_kept():
         warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
         start = _start(checkpoint, group)
         trainer.fit(
             module,
-            train_dataloaders=_Tensors(
-                Batches(order, reader, start, group.ranks.rank, group.ranks.world),
-                pinned=runtime.device.startswith("cuda"),
-            ),
+            train_dataloaders=batches(order, reader, runtime, start),
             ckpt_path=str(checkpoint) if start else None,
             weights_only=True if start else None,
         )
@@ -101,18 +99,35 @@ def fit(
     return FitResult(order.steps * order.batch_size, guard.seconds, peak, guard.history)
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """Batches as Lightning takes them; from pinned memory it copies them to a GPU without waiting for it."""
+def batches(order: Order, reader: Reader, runtime: Runtime, start: int = 0) -> Batches:
+    """This rank's batches from step `start` on, as `module.training_step` takes them.
 
-    batches: Batches
-    pinned: bool
+    For a GPU they lie in pinned memory, from where it is given them without anybody's waiting for it.
+    """
+    ranks = runtime.group.ranks
+    ready = _pinned if runtime.device.startswith("cuda") else _tensors
+    return Batches(order, reader, start, ranks.rank, ranks.world, ready=ready)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        with contextlib.closing(iter(self.batches)) as running:
-            for batch in running:
-                tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-                yield {name: t.pin_memory() for name, t in tensors.items()} if self.pinned else tensors
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _pinned(batch: Batch) -> dict[str, Tensor]:
+    return {name: tensor.pin_memory() for name, tensor in _tensors(batch).items()}
+
+
+@contextlib.contextmanager
+def _ctrl_c_kept() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt; Lightning makes it exit status 1, and has a second one do nothing."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
 
 
 class _Guard(pl.Callback):

@@ -1,7 +1,7 @@
 """What one training step of a cell costs, part by part, measured on the functions that training runs.
 
-The whole step is timed in `loop.fit`, as cells run it. Its parts are timed in a bare loop over the same order that
-calls the same batches, `training_step` and `optimizer_step`, each part waited for. `rest` is the difference.
+The whole step is timed in `loop.fit`, as cells run it. Its parts are timed in a bare loop over the same batches that
+calls what `training_step` calls, and `optimizer_step`, each part waited for. `rest` is the difference.
 """
 
 import contextlib
@@ -9,18 +9,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssl_diversity import budget
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.runtime import Runtime
 from ssl_diversity.train import CellSpec, open_cell
-
-if TYPE_CHECKING:
-    from ssl_diversity.methods.base import Method
 
 MEASURED = ("idle", "copy", "views", "forward", "loss", "backward", "optimiser", "EMA")
 PARTS = (*MEASURED, "checkpoints", "rest")
@@ -85,15 +81,9 @@ def profile(spec: CellSpec, runtime: Runtime, steps: int | None = None) -> StepP
 
     runtime.set_threads()
     device = torch.device(runtime.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
     cell = _Cell(spec, runtime)
     order = cell.order
-    if order.steps <= WARM_UP_STEPS:
-        raise UserError(
-            f"budget={spec.budget}: {order.steps} steps of {spec.batch_size} images are too few to measure; "
-            f"give it at least {(WARM_UP_STEPS + 1) * spec.batch_size}"
-        )
+    check_steps(spec, order.steps, WARM_UP_STEPS + 1)
     if steps is None:
         one_s = sum(cell.parts(1).values())
         steps = min(max(round(ROUND_S / one_s), STEPS.start), STEPS.stop - 1)
@@ -128,6 +118,15 @@ def profile(spec: CellSpec, runtime: Runtime, steps: int | None = None) -> StepP
     )
 
 
+def check_steps(spec: CellSpec, steps: int, least: int) -> None:
+    """Raise UserError where a cell has fewer steps than measuring takes."""
+    if steps < least:
+        raise UserError(
+            f"budget={spec.budget}: {steps} steps of {spec.batch_size} images are too few to measure; "
+            f"give it at least {least * spec.batch_size}"
+        )
+
+
 class _Cell:
     """A cell whose first steps are measured, time and again from its beginning."""
 
@@ -145,7 +144,7 @@ class _Cell:
 
         def stop() -> bool:
             if len(ends) + 1 in (WARM_UP_STEPS, WARM_UP_STEPS + steps):
-                _wait(self.device)
+                wait(self.device)
             ends.append(time.time())
             return len(ends) == WARM_UP_STEPS + steps
 
@@ -159,7 +158,7 @@ class _Cell:
                     out=Path(folder),
                     runtime=replace(self.runtime, stop=stop, progress=lambda done, total: None),
                     precision=self.spec.precision,
-                    checkpoint_samples=self.spec.checkpoint_samples,
+                    checkpoint_samples=10**15,  # the one save is that of stopping
                 )
             saved = (Path(folder) / "last.ckpt").stat().st_mtime
         return (ends[-1] - ends[WARM_UP_STEPS - 1]) / steps, max(0.0, saved - ends[-1])
@@ -168,32 +167,36 @@ class _Cell:
         """Seconds of each of MEASURED in one step."""
         import torch
 
+        from ssl_diversity.views.augment import make_views
+
         module, device, marks = self.module, self.device, _Marks(self.device)
         bf16 = self.spec.precision == "bf16-mixed"
         module.set_extra_state({"samples_seen": 0})
         module.to(device).train()
         optimizer: Any = module.configure_optimizers()
         hook = optimizer.register_step_post_hook(lambda *_: marks("optimiser"))
-        with marks.around_forward(module), self._batches() as batches:
-            for step, arrays in zip(range(WARM_UP_STEPS + steps), batches, strict=False):
+        with self._batches() as batches:
+            for step, read in zip(range(WARM_UP_STEPS + steps), batches, strict=False):
                 if step == WARM_UP_STEPS:
                     marks.seconds.clear()
                 marks("idle")
-                batch = {
-                    "images": torch.from_numpy(arrays["images"]).to(device),
-                    "positions": torch.from_numpy(arrays["positions"]).to(device),
-                }
+                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in read.items()}
                 marks("copy")
 
-                def closure(batch: dict[str, torch.Tensor] = batch, step: int = step) -> None:
+                def closure(batch: dict[str, torch.Tensor] = batch) -> None:
                     marks("optimiser")
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        loss = module.training_step(batch, step)
+                    images, positions = batch["images"], batch["positions"]
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                        views = make_views(images, module.recipe.views, module.seed, positions)
+                        marks("views")
+                        outputs = module.outputs_of(views, positions)
+                        marks("forward")
+                        loss = module.loss_from(outputs)
                     marks("loss")
                     optimizer.zero_grad()
                     marks("optimiser")
                     loss.backward()
-                    del loss  # its graph goes with it
+                    del loss, outputs  # their graph goes with them
                     marks("backward")
 
                 module.optimizer_step(0, step, optimizer, closure)
@@ -210,9 +213,9 @@ class _Cell:
         return (time.perf_counter() - start) / count
 
     def _batches(self) -> "contextlib.closing[Any]":
-        from ssl_diversity.data.batches import Batches
+        from ssl_diversity.loop import batches
 
-        return contextlib.closing(iter(Batches(self.order, self.reader)))
+        return contextlib.closing(iter(batches(self.order, self.reader, self.runtime)))
 
 
 class _Marks:
@@ -224,27 +227,10 @@ class _Marks:
         self._last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        _wait(self.device)
+        wait(self.device)
         now = time.perf_counter()
         self.seconds[part] += now - self._last
         self._last = now
-
-    @contextlib.contextmanager
-    def around_forward(self, module: "Method") -> Iterator[None]:
-        """What `training_step` does before `forward` is making views."""
-        forward: Callable[..., Any] = module.forward
-
-        def marked(*args: Any) -> Any:
-            self("views")
-            outputs = forward(*args)
-            self("forward")
-            return outputs
-
-        setattr(module, "forward", marked)  # noqa: B010
-        try:
-            yield
-        finally:
-            del module.forward
 
 
 def _dtypes() -> dict[str, Any]:
@@ -261,15 +247,16 @@ def _matmul_flops_per_second(device: Any, dtype: Any) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(4):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - start)
     return 2.0 * side**3 / min(seconds)
 
 
-def _wait(device: Any) -> None:
+def wait(device: Any) -> None:
+    """Wait until `device` has done all that it was given."""
     if device.type == "cuda":
         import torch
 

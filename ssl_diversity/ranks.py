@@ -20,7 +20,7 @@ from ssl_diversity.files import read_json, write_json
 T = TypeVar("T")
 MEETING_S = 900.0  # for the slowest rank to import torch from a busy file system
 _IDLE = timedelta(days=60)  # a rank may wait for work for as long as its job lasts
-_COLLECTIVE = timedelta(minutes=30)
+_COLLECTIVE = timedelta(minutes=10)  # after which NCCL, which does not notice who has gone, ends the process
 _GONE = re.compile(
     r"gloo|connection (closed|reset|refused|was)|broken pipe|nccl|socket|recvValue", re.IGNORECASE
 )
@@ -258,15 +258,17 @@ def _opened(meeting: Path, deadline: float) -> tuple[Any, str]:
     """Rank 0's store and the address at which the others reached it."""
     import torch.distributed as dist
 
-    remaining = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=remaining)
+    wait_s = max(1.0, deadline - time.monotonic())
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=wait_s)
+    )
     nonce = uuid.uuid4().hex
     store.set("nonce", nonce)
     write_json(meeting, {"hosts": _addresses(), "port": store.port, "nonce": nonce})
     try:
         return store, store.get("address").decode()
     except RuntimeError:
-        raise UserError(f"no other rank came to {meeting}: look at their logs") from None
+        raise UserError(f"no other rank came to {meeting} in {wait_s:.0f} s: look at their logs") from None
 
 
 def _found(meeting: Path, deadline: float) -> tuple[Any, str]:

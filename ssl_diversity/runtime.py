@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from ssl_diversity.errors import UserError
 from ssl_diversity.ranks import Group
 
 
@@ -52,6 +53,28 @@ def device(asked: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chosen_device(asked: str) -> str:
+    """What a command is to use; UserError for a name that is none, or a GPU that is not there."""
+    if asked not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {asked}: expected auto, cpu or cuda")
+    require_gpu(asked)
+    return device(asked)
+
+
+def require_gpu(device: str, *, here: bool = True) -> None:
+    """Raise UserError for `cuda` where torch finds no GPU or, not `here` but elsewhere, could use none."""
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        raise UserError("device=cuda: this build of torch has no support for GPUs; install one that has")
+    if here and not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda: torch finds no GPU here; use `--device cpu`, or `device: cpu` in the launch profile"
+        )
 
 
 def cores() -> int:

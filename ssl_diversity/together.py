@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_diversity.errors import Interrupted, UserError
+from ssl_diversity.profiling import WARM_UP_STEPS, check_steps, wait
 from ssl_diversity.runtime import Runtime
 from ssl_diversity.train import CellSpec, open_cell
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-WARM_UP_STEPS = 3
 LEAST_STEPS = 3
 MEASURED_S = 5.0  # about; longer where steps are
 LEAVE_S = 30.0  # in which a process that is not needed any more must end its step
@@ -103,15 +103,16 @@ def _rate(parent: "Connection", spec: CellSpec, here: tuple[Any, ...]) -> float:
 
     from ssl_diversity import loop
 
-    device, threads, cache_bytes, cache_dir = here
-    runtime = Runtime(device, threads, cache_bytes=cache_bytes, cache_dir=cache_dir)
+    name, threads, cache_bytes, cache_dir = here
+    device = torch.device(name)
+    runtime = Runtime(name, threads, cache_bytes=cache_bytes, cache_dir=cache_dir)
     runtime.set_threads()
     ends: list[float] = []
 
     def stop() -> bool:
         step = len(ends) + 1
         if step == WARM_UP_STEPS:
-            synchronize()
+            wait(device)
             parent.send(0.0)
             parent.recv()
         ends.append(time.monotonic())
@@ -121,21 +122,12 @@ def _rate(parent: "Connection", spec: CellSpec, here: tuple[Any, ...]) -> float:
         enough = ends[-1] - ends[WARM_UP_STEPS - 1] >= MEASURED_S
         over = enough or step == order.steps - 1 or alone
         if over:
-            synchronize()
+            wait(device)
             ends[-1] = time.monotonic()
         return over
 
-    def synchronize() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
     _, order, module, reader = open_cell(spec, runtime)
-    least = WARM_UP_STEPS + LEAST_STEPS + 1
-    if order.steps < least:
-        raise UserError(
-            f"budget={spec.budget}: {order.steps} steps of {spec.batch_size} images are too few to measure; "
-            f"give it at least {least * spec.batch_size}"
-        )
+    check_steps(spec, order.steps, WARM_UP_STEPS + LEAST_STEPS + 1)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Interrupted):
         loop.fit(
             module,

@@ -193,9 +193,9 @@ def first_images(subset: Subset, count: int, image_size: int) -> NDArray[np.uint
 
 
 def _embeddings(module: "Method", images: NDArray[np.uint8], device: str) -> list[NDArray[np.float32]]:
-    """What a joint-embedding method's head makes of views of uint8 (n, H, W, 3): [(n, d)], or [] for MAE.
+    """What a joint-embedding method's head makes of views of uint8 (n, H, W, 3): [(n of all views, d)], or [] for MAE.
 
-    A head can map every image to one point while the backbone's features still look healthy.
+    In batches of the cell's own size, for which there is memory. A head can map every image to one point while the backbone's features still look healthy.
     """
     import torch
 
@@ -204,8 +204,12 @@ def _embeddings(module: "Method", images: NDArray[np.uint8], device: str) -> lis
     if not module.joint_embedding:
         return []
     module.eval().to(device)
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
-    positions = torch.arange(len(images), device=device)
-    with torch.no_grad():
-        outputs = module(make_views(batch, module.recipe.views, module.seed, positions), positions)
-    return [outputs[0].flatten(0, -2).float().cpu().numpy()]
+    found = []
+    for first in range(0, len(images), module.batch_size):
+        part = torch.from_numpy(images[first : first + module.batch_size])
+        batch = part.permute(0, 3, 1, 2).contiguous().to(device)
+        positions = torch.arange(first, first + len(part), device=device)
+        with torch.no_grad():
+            outputs = module(make_views(batch, module.recipe.views, module.seed, positions), positions)
+        found.append(outputs[0].flatten(0, -2).float().cpu().numpy())
+    return [np.concatenate(found)]

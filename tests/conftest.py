@@ -12,6 +12,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Slow machines are none of these tests' business, and what they find is found by everybody.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -217,6 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 data = file.read(min(piece, length - sent))
+                if not data:  # the file was cut meanwhile
+                    self.close_connection = True
+                    return
                 if kind == "flip" and sent + len(data) == after + 1:
                     data = data[:-1] + bytes([data[-1] ^ 1])
                 self.owner.send(name, answer, len(data))

@@ -53,6 +53,11 @@ def test_everything_has_help_with_an_example(
         (["generate", "digits"], "ssl-diversity data prepare digits"),
         (["store", "ls", "nonsense"], "unknown kind"),
         (["distance", "photo_patches", "digits", "--n", "1"], "at least 2"),
+        (
+            ["distance", "photo_patches", "digits", "--device", "gpu"],
+            "--device gpu: expected auto, cpu or cuda",
+        ),
+        (["data", "page", "digits", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
         (["plan", "quickstart", "sources.digits=3"], "set digits=3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,17 @@ def test_resumed_at_any_step_equals_undisturbed(tmp_path: Path, precision: str) 
         assert module.seen[0][0] == step * BATCH
         assert same(module, undisturbed)
         assert result.history == expected.history
+
+
+def test_ctrl_c_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(self: Module, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Module, "training_step", pressed)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_interrupted_twice(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_diversity import profiling
+from ssl_diversity import files, loop, profiling
 from ssl_diversity.cli import main
 from ssl_diversity.data.prepare import prepare
 from ssl_diversity.errors import UserError
@@ -37,7 +37,8 @@ def test_the_parts_of_a_step_add_up_to_it(home: Path, method: str, monkeypatch: 
     assert sum(found.parts.values()) == pytest.approx(found.step_s)
     assert all(found.parts[part] > 0 for part in MEASURED)
     assert found.parts["checkpoints"] == 0  # fewer samples than a checkpoint takes
-    assert found.parts["views"] + found.parts["forward"] + found.parts["backward"] > 0.3 * found.step_s
+    busy = sum(found.parts[part] for part in MEASURED)
+    assert found.parts["views"] + found.parts["forward"] + found.parts["backward"] > 0.3 * busy
     assert found.samples_per_second == pytest.approx(64 / found.step_s)
     assert found.flops_per_second == pytest.approx(found.flops_per_sample * found.samples_per_second)
     assert 0 < found.share_of_peak < 1
@@ -45,17 +46,20 @@ def test_the_parts_of_a_step_add_up_to_it(home: Path, method: str, monkeypatch: 
     assert told == [(0, 1)]
 
 
-def test_a_cell_that_saves_pays_its_share(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_saves_pays_its_share_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "ROUNDS", 1)
-    found = profile(spec("simclr", checkpoint_samples=640), Runtime(), steps=4)
-    assert 0 < found.parts["checkpoints"] < found.step_s
+    saved, save = [], loop._Guard._save
+    monkeypatch.setattr(loop._Guard, "_save", lambda self, trainer: saved.append(1) or save(self, trainer))  # type: ignore[func-returns-value]
+    found = profile(spec("simclr", checkpoint_samples=64), Runtime(), steps=4)
+    assert found.parts["checkpoints"] >= 0  # by times of change, which may be as coarse as 10 ms
+    assert len(saved) == 1  # to time it, after the steps that are timed
 
 
-def test_what_stands_before_forward_is_views_and_the_module_is_left_as_it_was(home: Path) -> None:
+def test_the_module_is_left_as_it_was(home: Path) -> None:
     cell = profiling._Cell(spec("byol"), Runtime())
     before = dict(vars(cell.module))
     twice = cell.parts(2), cell.parts(2)
-    assert set(vars(cell.module)) == {*before, "last_loss"}
+    assert set(vars(cell.module)) == set(before)
     assert cell.module.samples_seen == 5 * 64
     assert twice[0].keys() == twice[1].keys() == set(MEASURED)
     whole_s, save_s = cell.whole(2)
@@ -100,8 +104,6 @@ def test_the_picture_has_a_bar_for_each_method_as_long_as_its_step(tmp_path: Pat
     step_figure.save(profiles, tmp_path / "a.png")
     step_figure.save(profiles, tmp_path / "a.svg")
     assert "byol" in (tmp_path / "a.svg").read_text()
-    with pytest.raises(UserError, match=r"--picture .*a.bmp"):
-        step_figure.save(profiles, tmp_path / "a.bmp")
 
 
 def test_the_command_prepares_what_it_needs_and_tells_it_as_json(
@@ -127,12 +129,22 @@ def test_the_command_prepares_what_it_needs_and_tells_it_as_json(
     ("arguments", "told"),
     [
         (["--device", "tpu"], "--device tpu"),
+        (["--device", "cuda"], "device=cuda: torch finds no GPU here"),
+        (["--picture", "a.bmp"], "--picture a.bmp: end its name in one of"),
+        (["--picture", "nowhere/a.png"], "--picture nowhere/a.png: there is no folder nowhere"),
         (["method=simclrr"], "did you mean 'simclr'"),
         (["method=mae", "backbone=resnet18"], "ViT"),
     ],
 )
 def test_mistakes_are_a_line(
-    home: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["profile", *arguments]) == 2
     assert told in capsys.readouterr().err
+    assert not files.pools_dir().exists()  # told before any work

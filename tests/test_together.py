@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ssl_diversity import together
+from ssl_diversity import files, together
 from ssl_diversity.cli import main
 from ssl_diversity.errors import UserError
 from ssl_diversity.runtime import Runtime
@@ -86,14 +87,21 @@ def test_one_that_finds_no_memory_ends_the_measuring_and_is_told(
         (["--at-once", "two"], "expected numbers of cells"),
         (["--at-once", "1,2", "--steps", "3"], "draws nothing"),
         (["--at-once", "1,2", "--profile", "slurm"], "slurm has others"),
-        (["--at-once", "1,2", "--device", "cuda"], "no GPU here"),
+        (["--at-once", "1,2", "--device", "cuda"], "finds no GPU here"),
     ],
 )
 def test_mistakes_are_a_line(
-    home: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["profile", *arguments]) == 2
     assert told in capsys.readouterr().err
+    assert not files.pools_dir().exists()  # told before any work
 
 
 def begun(count: int) -> "tuple[subprocess.Popen[str], list[psutil.Process]]":
@@ -116,7 +124,14 @@ def begun(count: int) -> "tuple[subprocess.Popen[str], list[psutil.Process]]":
         time.sleep(0.05)
         alive = psutil.Process(process.pid).children(recursive=True)
         children = [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
+    while not _catches_sigint(process.pid):  # again, once they are started
+        time.sleep(0.05)
     return process, children
+
+
+def _catches_sigint(pid: int) -> bool:
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
 
 
 @pytest.mark.slow

@@ -103,6 +103,23 @@ def test_a_collapsed_cell_is_flagged(pool: Pool, tmp_path: Path, monkeypatch: py
     assert not run(spec, tmp_path / "healthy")["collapsed"]
 
 
+def test_whether_it_collapsed_is_looked_at_in_the_cells_own_batches(pool: Pool, tmp_path: Path) -> None:
+    """All 40 images of the measure in one piece may take more memory than any step of training did."""
+    sizes = []
+    forward = SimCLR.forward
+
+    def seen(self: SimCLR, views: list[torch.Tensor], positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append((self.training, len(positions)))
+        return forward(self, views, positions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimCLR, "forward", seen)
+        run(cell(pool, "simclr"), tmp_path / "cell")
+    looked = [size for training, size in sizes if not training]
+    assert sum(looked) == 40
+    assert max(looked) == BATCH
+
+
 def test_a_pool_that_changed_is_not_trained_on(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has changed since this cell was planned"):
         run(cell(pool, "simclr").model_copy(update={"rows_digest": "another"}), tmp_path / "cell")

@@ -1,10 +1,10 @@
 """Batches of a run, read ahead: what one worker of one rank delivers."""
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,18 @@ class Reader(Protocol):
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]: ...
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of `order` from step `start` on, as rank `rank` of `world` sees them: its own slots of each.
 
     Of several workers, each delivers the steps start + worker, start + worker + workers, ...: taken in turn they
     give the same sequence as one. At most `ahead` batches are read ahead, by `threads` threads, which end when
-    the iterator is closed or used up. An error of the reader is raised where its batch would have come.
+    the iterator is closed or used up; on them `ready` makes of each batch what is delivered. An error of the reader is
+    raised where its batch would have come.
     """
 
     order: Order
@@ -45,13 +50,14 @@ class Batches:
     workers: int = 1
     threads: int = 1
     ahead: int = AHEAD_BATCHES
+    ready: Callable[[Batch], Any] = _as_it_is
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Generator[Any, None, None]:
         mine = slots(self.order, self.rank, self.world)
         if begin := getattr(self.reader, "begin", None):
             begin(self.start, self.rank, self.world, self.workers)
         steps = iter(range(self.start + self.worker, self.order.steps, self.workers))
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[Any]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read-ahead")
         try:
             while True:
@@ -67,7 +73,7 @@ class Batches:
             if close := getattr(self.reader, "close", None):
                 close()
 
-    def _read(self, step: int, mine: slice) -> Batch:
+    def _read(self, step: int, mine: slice) -> Any:
         first = step * self.order.batch_size
         images = self.reader.read(self.order.batch(step)[mine])
-        return {"images": images, "positions": np.arange(first + mine.start, first + mine.stop)}
+        return self.ready({"images": images, "positions": np.arange(first + mine.start, first + mine.stop)})

@@ -125,7 +125,8 @@ class ShardCache:
             self._remove(self.folder / key.name)
 
     def used_bytes(self) -> int:
-        return sum(size for _, size, _ in self._entries())
+        with self._locked("room"):
+            return sum(size for _, size, _ in self._entries())
 
     def _find(self, key: Key) -> Block | None:
         """An existing block. One of another size is not ours, or was damaged: it goes."""
@@ -161,6 +162,8 @@ class ShardCache:
                         expected_bytes=origin.size_bytes,
                         blake2b=origin.blake2b if key.stop - key.start == origin.size_bytes else None,
                     )
+                self._count("fetches")  # before it is there for others, who may look at once
+                self._count("bytes", key.stop - key.start)
                 with self._locked("room"):  # not synced: what a power cut leaves, checksums of images find
                     temporary.rename(path)
             except BaseException as error:
@@ -171,8 +174,6 @@ class ShardCache:
                         " lower `cache_gb` in the launch profile, or give another folder (`cache_dir`)"
                     ) from error
                 raise
-            self._count("fetches")
-            self._count("bytes", key.stop - key.start)
             return Block(os.open(path, os.O_RDONLY))
 
     def _reserve(self, file: BinaryIO, size: int) -> None:

@@ -40,11 +40,16 @@ def draw(profiles: Sequence[StepProfile]) -> Figure:
     return figure
 
 
-def save(profiles: Sequence[StepProfile], path: Path) -> None:
-    """The picture as a file, in the format of its name; UserError where there is no such format."""
-    figure = draw(profiles)
-    known = figure.canvas.get_supported_filetypes()
+def check(path: Path) -> None:
+    """Raise UserError where `save` could not draw to `path`."""
+    known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise UserError(f"--picture {path}: end its name in one of {', '.join(f'.{kind}' for kind in known)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--picture {path}: there is no folder {path.parent}; make it first")
+
+
+def save(profiles: Sequence[StepProfile], path: Path) -> None:
+    """The picture as a file, in the format of its name."""
     with rc_context(STYLE):
-        figure.savefig(path, dpi=200, facecolor="white")
+        draw(profiles).savefig(path, dpi=200, facecolor="white")

@@ -110,7 +110,7 @@ def _log_once(name: str, sweep: str, content: Sequence[Record], log: Callable[..
             disable_git=True,
             x_disable_stats=True,
             x_disable_meta=True,
-            init_timeout=30,
+            init_timeout=120,
         ),
     )
     try:

@@ -1,6 +1,7 @@
 """One try at a task: claim it, run it, publish its result, or write down why not."""
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -138,6 +139,8 @@ class Attempts:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+            gc.collect()  # a Trainer is a cycle, which holds the cell's images and networks
+            gc.freeze()  # what is there now stays: the next collection need not go through it
 
     def _call(self, task: Task, runtime: Runtime) -> dict[str, Any]:
         """Run the task's function, on all ranks where they share the work."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_diversity import files
+from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import slurm
 from ssl_diversity.sweep.profile import MAIN, Profile, SlurmProfile
 from ssl_diversity.sweep.status import duration
@@ -149,6 +150,10 @@ def _workers(own: SlurmProfile, subject: str) -> Iterator[Finding]:
     if own.successors and may != "ALL":
         text = f"jobs may be submitted from {may} alone: set successors: false and keep `status --watch` running there"
         yield Finding(NOTE, subject, text)
+    try:
+        own.require_torch()
+    except UserError as error:
+        yield Finding(WRONG, subject, str(error))
     if own.container and (own.requeue or own.successors):
         yield from _container(own.container, subject)
     try:

@@ -5,6 +5,7 @@ runs/<sweep>/jobs/ say, so that anyone may keep it up: the launcher, a worker th
 """
 
 import contextlib
+import itertools
 import os
 import re
 import secrets
@@ -63,32 +64,36 @@ class Local:
     ask_s, ends_itself, told = 0.0, False, ""
 
     def __init__(self, order: Order, work: Work) -> None:
-        self.order, self.work, self.jobs, self.sent = order, work, list[Any](), 0
+        self.order, self.work, self.jobs, self.ended = order, work, dict[int, Any](), 0
         self.workers = order.profile.layout()[0]
-        self.spare = order.profile.max_losses * self.workers
+        self.most = (1 + order.profile.max_losses) * self.workers
         self.executor: Any = None
 
     def supply(self, rest: Left, *, waiting: bool, leaving: str = "", patience_s: float = 0.0) -> int:
         """Send what is missing; those that died are replaced a bounded number of times. Returns how many work."""
-        self.jobs = [job for job in self.jobs if not job.done()]
+        there = self.alive()
         wanted = self.workers if waiting else min(self.workers, len(rest.ready) + len(rest.later))
-        missing = min(wanted - len(self.jobs), self.workers + self.spare - self.sent)
+        missing = min(wanted - there, self.most - there - self.ended)
         if missing > 0 and not rest.over:
             if self.executor is None:
                 self.executor = executor(self.order)
             with _environment(self.order), self.executor.batch():
-                numbers = range(self.sent, self.sent + missing)
-                self.jobs += [self.executor.submit(self.work(self.order, number)) for number in numbers]
-            self.sent += missing
+                free = (number for number in itertools.count() if number not in self.jobs)
+                for number in list(itertools.islice(free, missing)):  # it says which GPU is the worker's
+                    self.jobs[number] = self.executor.submit(self.work(self.order, number))
         return len(self.jobs)
 
     @property
     def hopeless(self) -> bool:
-        return self.sent >= self.workers + self.spare
+        return self.ended >= self.most
 
     def alive(self) -> int:
         """How many have not ended."""
-        self.jobs = [job for job in self.jobs if not job.done()]
+        for number, job in list(self.jobs.items()):
+            if job.done():
+                del self.jobs[number]
+                had_its_share = self.order.profile.tasks_per_worker is not None and job.exception() is None
+                self.ended += not had_its_share
         return len(self.jobs)
 
     def dismiss(self) -> None:
@@ -96,7 +101,7 @@ class Local:
 
     def stop(self) -> None:
         """Ask every worker to save and end: submitit's controllers pass SIGTERM on."""
-        for job in self.jobs:
+        for job in self.jobs.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(job.job_id), signal.SIGTERM)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.live import Live
 
-from ssl_diversity import files
+from ssl_diversity import files, runtime
 from ssl_diversity.budget import parse_budget
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import claims, estimate, fleet, flops, orders, sharing, slurm, status, store
@@ -106,8 +106,12 @@ def join(sweep: SweepConfig, console: Console) -> None:
 
 
 def reach(profile: Profile) -> None:
-    """Make the commands of the profile's cluster answer; UserError where there are none."""
+    """Make the commands of the profile's cluster answer.
+
+    UserError where there are none, and where torch has no use for the GPUs that workers are to have.
+    """
     if not isinstance(profile, SlurmProfile):
+        runtime.require_gpu(profile.device)
         return
     if profile.conf:
         conf = os.path.expanduser(os.path.expandvars(profile.conf))
@@ -120,6 +124,8 @@ def reach(profile: Profile) -> None:
         raise UserError(
             "executor=slurm: no sbatch on this machine; run on a login node or use --profile local"
         )
+    for name in profile.classes_of_workers:
+        profile.of(name).require_torch()
 
 
 def check_cache(plan: Plan, profile: Profile) -> None:

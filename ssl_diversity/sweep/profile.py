@@ -12,7 +12,7 @@ from ssl_diversity import config
 from ssl_diversity.config import Config
 from ssl_diversity.errors import UserError
 from ssl_diversity.files import REPOSITORY
-from ssl_diversity.runtime import cores
+from ssl_diversity.runtime import cores, require_gpu
 from ssl_diversity.sweep.task import NUMERICS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -203,6 +203,11 @@ class SlurmProfile(Profile, Resources):
 
     def layout(self) -> tuple[int, int]:
         return self.workers, self.cpus
+
+    def require_torch(self) -> None:
+        """Raise UserError where workers run this environment's torch on GPUs that it cannot use."""
+        if not (self.container or self.python):
+            require_gpu(self.device, here=False)
 
     def parameters(self, job_name: str) -> dict[str, Any]:
         more = {"requeue": True} if self.requeue else {"no-requeue": True}

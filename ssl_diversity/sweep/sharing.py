@@ -41,8 +41,9 @@ def settled(profile: Profile, plan: Plan) -> Profile:
         return profile
     work: dict[str, Counter[int]] = {}  # like -> samples of a cell -> number of such cells
     for cell in plan.cells:
-        if cell.budget is not None and cell.like:
-            work.setdefault(cell.like, Counter())[cell.budget] += 1
+        if cell.budget is None or not cell.like:
+            return profile  # not known yet what it is
+        work.setdefault(cell.like, Counter())[cell.budget] += 1
     taken = {}
     for workers in range(1, MOST + 1):
         place = estimate.place(with_workers(profile, workers))

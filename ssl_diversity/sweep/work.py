@@ -64,6 +64,9 @@ class Worker:
                 self._come_back(run, run.profile, again)
             elif run.share_done:
                 run.successor(run.profile)
+            signal.signal(
+                signal.SIGUSR2, signal.SIG_IGN
+            )  # it would find Python ending, and end it as a failure
 
     def checkpoint(self) -> Any:
         """What submitit submits again: the same worker (what is done is in the store)."""

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import ratios
 import torch
 import training_cells
-from bench_step import WARM_STEPS, bare_step, seconds
+from bench_step import WARM_STEPS, bare_step
 from training_cells import Setting
 
 from ssl_diversity import loop
@@ -40,12 +40,12 @@ def main() -> None:
             raise SystemExit(f"torch cannot compile here: {why}")
         steps = [bare_step(setting, module) for module in modules]
         with loop.memory_kept():
-            seconds(setting, steps[0], WARM_STEPS)
+            setting.seconds(steps[0], WARM_STEPS)
             start = time.perf_counter()
-            seconds(setting, steps[1], 1)
+            setting.seconds(steps[1], 1)
             compiling = time.perf_counter() - start
-            seconds(setting, steps[1], WARM_STEPS)
-            pairs = [[seconds(setting, step, args.steps) for step in steps] for _ in range(args.rounds)]
+            setting.seconds(steps[1], WARM_STEPS)
+            pairs = [[setting.seconds(step, args.steps) for step in steps] for _ in range(args.rounds)]
         eager, compiled = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         paid = compiling / (eager - compiled) * args.batch if compiled < eager else float("inf")

@@ -10,8 +10,6 @@ nothing; features that are probed are classes that overlap (Gaussian, with corre
 import argparse
 import os
 import tempfile
-import time
-from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -51,14 +49,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def seconds(setting: Setting, function: Callable[[], object]) -> float:
-    setting.wait()
-    start = time.perf_counter()
-    function()
-    setting.wait()
-    return time.perf_counter() - start
-
-
 def overlapping(train: int, test: int, classes: int, dim: int, device: str) -> Labelled:
     """About 80 % can be told apart."""
     generator = torch.Generator().manual_seed(0)
@@ -92,9 +82,9 @@ def main() -> None:
     whole = (args.train + args.test) / len(images)
     settings = ProbeSettings()
     costs = {
-        "features": whole * seconds(setting, lambda: embed_images(images, network, device=args.device)),
-        "linear probe": args.share * seconds(setting, lambda: linear(few, settings, 0)),
-        "kNN": args.share * seconds(setting, lambda: knn(many, settings)),
+        "features": whole * setting.seconds(lambda: embed_images(images, network, device=args.device)),
+        "linear probe": args.share * setting.seconds(lambda: linear(few, settings, 0)),
+        "kNN": args.share * setting.seconds(lambda: knn(many, settings)),
     }
     print(
         f"{args.method}, {args.backbone}, {args.size} px, batch {args.batch}, {args.device}, {args.threads} threads; "

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--method", default="simclr")
     parser.add_argument("--small", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=480, help="C over the batch size")
+    parser.add_argument("--steps", type=int, default=960, help="C over the batch size")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--device", default="cpu")

@@ -13,7 +13,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -62,16 +61,6 @@ def bare_step(setting: Setting, module: Method) -> Callable[[], None]:
     return step
 
 
-def seconds(setting: Setting, function: Callable[[], object], repeats: int) -> float:
-    """Per call."""
-    setting.wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    setting.wait()
-    return (time.perf_counter() - start) / repeats
-
-
 def parts(setting: Setting, pool: Pool, method: str, steps: int) -> dict[str, float]:
     """Seconds per step of what a cell does beside the bare step, each alone."""
     module = setting.module(method, steps).to(setting.device)
@@ -80,11 +69,11 @@ def parts(setting: Setting, pool: Pool, method: str, steps: int) -> dict[str, fl
     batch, positions = batch.to(setting.device), torch.arange(setting.batch, device=setting.device)
     reader = prefix(pool, order.unique_samples)
     return {
-        "views": seconds(
-            setting, lambda: make_views(batch, module.recipe.views, 0, positions), min(steps, 20)
+        "views": setting.seconds(
+            lambda: make_views(batch, module.recipe.views, 0, positions), min(steps, 20)
         ),
-        "teachers": seconds(setting, module.update_teachers, min(steps, 20)),
-        "reading": seconds(setting, lambda: list(Batches(order, reader)), 1) / steps,
+        "teachers": setting.seconds(module.update_teachers, min(steps, 20)),
+        "reading": setting.seconds(lambda: list(Batches(order, reader)), 1) / steps,
     }
 
 
@@ -97,12 +86,12 @@ def measure(setting: Setting, pool: Pool, method: str, steps: int, rounds: int) 
     order = setting.order(unique(setting, pool, steps), steps + WARM_STEPS)
     reader = prefix(pool, order.unique_samples)
     bare = bare_step(setting, setting.module(method, steps))
-    seconds(setting, bare, WARM_STEPS)
+    setting.seconds(bare, WARM_STEPS)
     pairs = []
     for _ in range(rounds):
         with loop.memory_kept():
             bare()
-            alone = seconds(setting, bare, steps)
+            alone = setting.seconds(bare, steps)
         whole = setting.fit(setting.module(method, order.steps), order, reader, WARM_STEPS)
         pairs.append((alone, whole / steps))
     model, cell = (statistics.median(column) for column in zip(*pairs, strict=True))

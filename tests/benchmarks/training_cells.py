@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -77,6 +78,15 @@ class Setting:
                 checkpoint_samples=10**12,
             )
         return ends[-1] - ends[warm_up] if warm_up else whole.seconds
+
+    def seconds(self, function: Callable[[], object], repeats: int = 1) -> float:
+        """Per call."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        self.wait()
+        return (time.perf_counter() - start) / repeats
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

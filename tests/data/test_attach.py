@@ -32,7 +32,7 @@ def far(tmp_path: Path) -> Pool:
 
 
 def client() -> Client:
-    return Client(backoff_s=0.01, timeout_s=1, retries=2)
+    return Client(backoff_s=0.01, timeout_s=30, retries=2)
 
 
 def edit(pool: Pool, change: Callable[[dict[str, Any]], object]) -> None:

@@ -18,13 +18,16 @@ Tree = dict[str, bytes]
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 from ssl_diversity.data import prepare, recipes
 from ssl_diversity.runtime import Runtime
 prepare._PART_ITEMS = 40
 def note(text):
     if text.startswith(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
+    if len(sys.argv) > 3 and len(list(Path(sys.argv[3]).glob("*.json"))) >= int(sys.argv[4]):
+        time.sleep(600)  # until it is killed
 if __name__ == "__main__":
     prepare.prepare(recipes.resolve("digits"), processes=int(sys.argv[1]), runtime=Runtime(note=note))
 """
@@ -42,7 +45,8 @@ def test_kill_dash_nine_at_random_moments(processes: int, tmp_path: Path) -> Non
     work = directory.with_name(f".{directory.name}.work")
     for kill, parts in enumerate((2, 9, 17, 26)):
         process = subprocess.Popen(
-            [sys.executable, str(script), str(processes), NEVER], start_new_session=True
+            [sys.executable, str(script), str(processes), NEVER, str(work), str(parts)],
+            start_new_session=True,
         )
         while len(list(work.glob("*.json"))) < parts and process.poll() is None:
             time.sleep(0.002)

@@ -66,7 +66,7 @@ def serve(near: Pool) -> Iterator[Callable[..., tuple[FaultServer, Pool]]]:
 
 
 def client() -> Client:
-    return Client(backoff_s=0.01, timeout_s=2, retries=6)
+    return Client(backoff_s=0.01, timeout_s=30, retries=6)
 
 
 def whole(*pools: Pool) -> Subset:

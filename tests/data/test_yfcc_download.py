@@ -51,7 +51,7 @@ def fetch(metadata: Path, server: FaultServer, to: Path | None = None, **options
     """The counts of a download."""
     share = options.pop("share", (0, 1))
     asked = source(metadata, server.url, **options)
-    asked.download(to, connections=4, timeout_s=0.5, share=share)
+    asked.download(to, connections=4, timeout_s=30, share=share)
     return asked.counts
 
 
@@ -146,7 +146,7 @@ def test_a_killed_download_goes_on(metadata: Path, bucket: Path, tmp_path: Path)
         words = [sys.executable, "-c", program, str(metadata), server.url, str(tmp_path / "to")]
         process = subprocess.Popen(words)
         records = tmp_path / "to/blocks"
-        wait_until(lambda: len(list(records.glob("*.json"))) >= 2)
+        wait_until(lambda: len(list(records.glob("*.json"))) >= 2, seconds=600)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         finished = {path: path.read_bytes() for path in records.glob("[0-9]*.*")}

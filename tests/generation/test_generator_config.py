@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,7 @@ def test_a_folder_that_changes(saved):
     stat = weights.stat()
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
+    time.sleep(0.02)  # times of change may be as coarse as 10 ms
     weights.write_bytes(data)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as old and as long as before
     assert folder_digest(folder) != first

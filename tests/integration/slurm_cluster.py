@@ -91,6 +91,10 @@ class Cluster:
         lines = self.client("squeue", "-r", "-h", "-o", "%i|%A|%j|%T|%r|%N").splitlines()
         return [Job(*line.split("|")) for line in lines]
 
+    def submitted_jobs(self) -> list[Job]:
+        """Those that count for the submit limit."""
+        return [job for job in self.squeue() if job.state != "COMPLETING"]
+
     def running_jobs(self) -> list[Job]:
         return [job for job in self.squeue() if job.state == "RUNNING"]
 
@@ -125,7 +129,7 @@ class Cluster:
     @contextlib.contextmanager
     def full_queue(self, room: int = 0) -> Iterator[None]:
         """Within, the user's submit limit lets `room` more jobs in than there are."""
-        self.limit_submitted(len(self.squeue()) + room)
+        self.limit_submitted(len(self.submitted_jobs()) + room)
         try:
             yield
         finally:
@@ -151,7 +155,11 @@ class Cluster:
         """Every process that has to do with this cluster, with its name: daemons, steps, jobs."""
         root = str(self.root).encode()
         pids = [pid for pid, values in _environments() if any(root in value for value in values)]
-        return {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids}
+        names = {}
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                names[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+        return names
 
     def pid(self, daemon: str) -> int:
         """Of `slurmctld`, `slurmd.node1`, ..."""

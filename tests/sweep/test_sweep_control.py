@@ -47,7 +47,7 @@ def first_cell(sweep: SweepConfig) -> Task:
     return task
 
 
-def wait_for(condition: Any, timeout_s: float = 60) -> None:
+def wait_for(condition: Any, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -192,10 +192,9 @@ def test_a_workers_own_words_are_found(
     assert main(["logs", task.key[:10]]) == 0
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"done: {task.label} [pretrain {task.key}]" in out
-    (job,) = scheduler.jobs
     result = store.result(task)
     assert result is not None
-    assert result["run"]["job"] == str(job["number"])
+    assert result["run"]["job"] in {str(job["number"]) for job in scheduler.jobs}
 
 
 # A worker that was frozen
@@ -223,7 +222,7 @@ def test_a_worker_that_was_frozen_for_too_long_publishes_nothing_when_it_wakes(
     soon = profile.model_copy(update={"stale_s": 1.0})
     order = Order(sweep, soon, 1, time.time(), frozenset({"probe", "distance"}))
     code = [FROZEN, soon.model_dump_json(), json.dumps(ONE), json.dumps(order.functions)]
-    environment = {**os.environ, "FAKE_STEP_S": "0.2", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, "FAKE_STEP_S": "2", "SLURM_JOB_ID": "7"}
     frozen = subprocess.Popen(
         [sys.executable, "-c", *code], env=environment, text=True, stdout=subprocess.PIPE
     )
@@ -236,7 +235,7 @@ def test_a_worker_that_was_frozen_for_too_long_publishes_nothing_when_it_wakes(
         before = path.stat()
     finally:
         frozen.send_signal(signal.SIGCONT)
-    output, _ = frozen.communicate(timeout=60)
+    output, _ = frozen.communicate(timeout=600)
     assert frozen.returncode == 0
     assert f"begin: {task.label}" in output
     assert "done:" not in output

@@ -76,7 +76,7 @@ def ran_once(sweep: SweepConfig) -> None:
     assert not list(config.runs_dir().parent.rglob("failed.*.txt"))
 
 
-def wait_until(condition: Any, timeout_s: float = 200) -> None:
+def wait_until(condition: Any, timeout_s: float = 1200) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

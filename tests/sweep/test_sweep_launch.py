@@ -1,5 +1,6 @@
 """Launching: submitit's local executor with real processes, and its SLURM executor with a scheduler that is a file."""
 
+import contextlib
 import io
 import os
 import signal
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from slurm_helpers import Scheduler
 
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import config, fleet, launch, status
+from ssl_diversity.sweep.check import check
 from ssl_diversity.sweep.config import SweepConfig
+from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
+from ssl_diversity.sweep.store import Done
 
 RUN = (
     "import sys\n"
@@ -51,7 +56,7 @@ def ran() -> Counter[tuple[str, str]]:
     return Counter((run["kind"], run["key"]) for run in sweep_fakes.executions())
 
 
-def wait_for(condition, timeout_s: float = 60) -> None:  # type: ignore[no-untyped-def]
+def wait_for(condition, timeout_s: float = 600) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -106,6 +111,48 @@ def test_workers_that_are_killed_are_replaced_until_the_task_is_given_up(
     assert all(done == planned for kind, (done, planned) in now.done_by_kind.items() if kind != "distance")
 
 
+@pytest.mark.usefixtures("fakes", "pools")
+def test_workers_that_had_their_share_are_replaced_as_often_as_it_takes(
+    small: SweepConfig, profile: LocalProfile, console: Console
+) -> None:
+    one_each = profile.model_copy(update={"tasks_per_worker": 1, "max_losses": 1})
+    assert launch.run(small, one_each, with_report=False, console=console) == 0
+    assert len(ran()) > 2 * (1 + one_each.max_losses)
+
+
+def test_who_replaces_a_worker_has_its_number(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Job:
+        ended = False
+
+        def done(self) -> bool:
+            return self.ended
+
+        def exception(self) -> None:
+            return None
+
+    class Executor:
+        def batch(self) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+        def submit(self, number: int) -> Job:
+            numbers.append(number)
+            return Job()
+
+    numbers: list[int] = []
+    monkeypatch.setattr(fleet, "executor", lambda order: Executor())
+    order = Order(small, profile.model_copy(update={"workers": 3, "max_losses": 1}), 1, time.time())
+    crew = fleet.Local(order, lambda order, number: number)  # type: ignore[arg-type, return-value]
+    rest = order.left(expand(small), Done())
+    assert crew.supply(rest, waiting=True) == 3
+    for number in (1, 0, 1, 2):
+        crew.jobs[number].ended = True
+        crew.supply(rest, waiting=True)
+    assert numbers == [0, 1, 2, 1, 0, 1]
+    assert (crew.alive(), crew.hopeless) == (2, False)
+
+
 @pytest.mark.usefixtures("fakes")
 def test_a_mistake_that_only_the_pool_reveals_ends_the_sweep(profile: LocalProfile, console: Console) -> None:
     sweep = config.load("quickstart", ["sources=[digits]", "methods=[simclr]", "unique_samples=5000"])
@@ -140,7 +187,7 @@ def test_a_second_sweep_at_once_shares_the_work(
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_S", "0.01")
     both = [start(profile), start(profile)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=6000)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert set(ran().values()) == {1}
 
@@ -157,14 +204,14 @@ def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
         os.killpg(process.pid, number)  # as Ctrl-C does
     else:
         process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number, output
     assert "Run the same command again" in output.splitlines()[-1]
     assert not list((config.runs_dir().parent / "store").rglob("claim.*"))
     assert not list((config.runs_dir().parent / "store").rglob("failed.*"))
     monkeypatch.setenv("FAKE_STEP_S", "0")
     again = start(profile)
-    assert "all 16 tasks are done" in again.communicate(timeout=60)[0]
+    assert "all 16 tasks are done" in again.communicate(timeout=600)[0]
 
 
 @pytest.mark.slow
@@ -180,7 +227,7 @@ def test_killed_with_its_whole_group_it_goes_on_at_once(
         process.wait()
     monkeypatch.setenv("FAKE_STEP_S", "0")
     process = start(profile)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert "all 16 tasks are done" in output
     assert not list(
         (config.runs_dir().parent / "store").rglob("failed.*")
@@ -312,3 +359,26 @@ def test_slurm_without_slurm_is_a_users_mistake(
     profile = SlurmProfile(executor="slurm", workers=1, time_min=10)
     with pytest.raises(UserError, match="no sbatch"):
         launch.run(small, profile)
+
+
+def test_a_gpu_that_is_not_there_is_told_before_any_work(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda: torch finds no GPU here"):
+        launch.run(small, profile.model_copy(update={"device": "cuda"}))
+    assert not small.folder.exists()
+
+
+def test_a_cluster_with_gpus_that_this_torch_cannot_use_is_told_before_any_work(
+    small: SweepConfig, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    profile = SlurmProfile(executor="slurm", workers=1, time_min=10, device="cuda", gpus=1)
+    with pytest.raises(UserError, match="this build of torch has no support for GPUs"):
+        launch.run(small, profile)
+    told = [finding.text for finding in check(profile) if finding.level == "wrong"]
+    assert any("this build of torch" in text for text in told)
+    launch.reach(profile.model_copy(update={"python": "/opt/gpu/bin/python"}))  # whose torch is another
+    launch.reach(profile.model_copy(update={"device": "auto"}))

@@ -65,6 +65,13 @@ def test_a_number_that_not_all_of_them_were_measured_with_is_not_compared() -> N
     assert sharing.settled(local(), planned) == local()
 
 
+def test_cells_that_are_not_known_yet_leave_it_at_the_usual_number() -> None:
+    for like in likes(plan()).values():
+        measured(like, two=100, four=1000)
+    assert sharing.settled(local(), plan()).layout()[0] == 4
+    assert sharing.settled(local(), plan("unique_samples=[64,all]")) == local()
+
+
 def test_more_workers_than_cells_gain_nothing() -> None:
     planned = plan("unique_samples=[64]", "budget=4096", "methods=[simclr]", "seeds=1")
     assert len(planned.cells) == 1

@@ -172,13 +172,11 @@ def test_where_there_is_no_slurm_everything_has_a_default(
 
 def test_a_command_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\nexec sleep 60\n")
+    squeue.write_text("#!/bin/sh\nexec sleep 36000\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    began = time.monotonic()
     with pytest.raises(slurm.NoAnswer, match="timed out"):
         slurm.ask("squeue", timeout_s=0.2)
-    assert time.monotonic() - began < 10
 
 
 def test_a_job_inherits_nothing_of_the_job_that_submits_it(monkeypatch: pytest.MonkeyPatch) -> None:

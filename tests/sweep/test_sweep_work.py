@@ -1,10 +1,13 @@
 """Workers do every task once, survive what fails, and stop where they are told to."""
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +58,33 @@ def test_a_result_says_how_it_came_about(small: SweepConfig, profile: LocalProfi
     assert (cell.task.folder / "task.json").exists()
 
 
+def test_what_a_task_leaves_in_cycles_is_gone_before_the_next(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sweep_fakes
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.me = self
+
+    made: list[weakref.ref[Trainer]] = []
+    still: list[int] = []
+    pretrain = sweep_fakes.pretrain
+
+    def trains(*args: Any) -> dict[str, Any]:
+        still.append(sum(trainer() is not None for trainer in made))
+        made.append(weakref.ref(Trainer()))
+        return pretrain(*args)
+
+    monkeypatch.setattr(sweep_fakes, "pretrain", trains)
+    gc.disable()
+    try:
+        run_worker(order(small, profile))
+    finally:
+        gc.enable()
+    assert still == [0, 0, 0, 0]
+
+
 def test_a_failure_stays_local_and_is_retried_a_bounded_number_of_times(
     small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +116,7 @@ def test_a_users_mistake_is_not_retried(
 def test_a_signal_stops_it_and_frees_its_task(
     small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
 
     def interrupt() -> None:
         while not ran("pretrain"):
