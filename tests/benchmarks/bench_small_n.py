@@ -38,7 +38,7 @@ def main() -> None:
     setting = Setting("conv-tiny", "vit-micro", "quick", 16, args.batch, device=args.device)
     with tempfile.TemporaryDirectory() as home:
         os.environ["SSL_DIVERSITY_HOME"] = home
-        pool = photo_pool(setting.size, patch=4)
+        pool = photo_pool(setting.size, patch=2)
         samples = args.steps * args.batch
         readers = {n: prefix(pool, n) for n in (args.small, samples)}
 
