@@ -157,8 +157,10 @@ def data_download(
     *,
     to: Annotated[Path | None, typer.Option(help="Folder; where `data prepare` looks if not given.")] = None,
     connections: Annotated[int, typer.Option(min=1, help="Downloads at a time.")] = 64,
-    rate: Annotated[float | None, typer.Option(help="Requests per second, at most.")] = None,
-    timeout_s: Annotated[float, typer.Option(help="Seconds without a byte after which to try again.")] = 30.0,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Requests per second, at most.")] = None,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="Seconds without a byte after which to try again.")
+    ] = 30.0,
     retries: Annotated[int, typer.Option(min=0, help="Of each photo, with back-off.")] = 8,
     share: Annotated[str, typer.Option(help="I/K: of K machines, this is number I (from 0).")] = "0/1",
     urls: Annotated[Path | None, typer.Option(help="Write the addresses here; download nothing.")] = None,
@@ -244,7 +246,7 @@ def data_list() -> None:
 def data_inspect(
     name: Annotated[str, typer.Argument(help="A pool, by name or folder name.")],
     sheet: Annotated[Path | None, typer.Option(help="Where to write the contact sheet.")] = None,
-    images: Annotated[int, typer.Option(help="Images on the sheet.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 64,
 ) -> None:
     """Counts of a pool, and a contact sheet (PNG) of its first images.
 

@@ -83,9 +83,9 @@ def retry(
     forgiven = control.forgive(asked, task)
     if not forgiven:
         raise UserError(f"{asked.name}: no task that failed{f' matches {task!r}' if task else ''}")
-    for label in forgiven:
-        out.print(f"to be tried again: {label}")
-    raise typer.Exit(control.go_on(asked, out))
+    for each in forgiven:
+        out.print(f"to be tried again: {each.label}")
+    raise typer.Exit(control.go_on(asked, {each.kind for each in forgiven}, out))
 
 
 def register(app: Any) -> None:

@@ -5,9 +5,11 @@ A network is named by a short text: `cell:<key>` (the weights of a pretraining t
 Imports no torch before a network is needed.
 """
 
+import contextlib
 import os
 import pickle
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from ssl_diversity.backbones import build_backbone, is_vit
 from ssl_diversity.errors import Interrupted, UserError
-from ssl_diversity.files import digest, replacing, task_dir
+from ssl_diversity.files import digest, replacing, task_dir, write_atomic
 from ssl_diversity.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ NUMERICS = 1  # raised when features change
 CALIBRATION_IMAGES = 1024  # what a random network's batch norm sees
 PIXELS_SIZE = 32  # `pixels` of larger images are taken at this size: 3,072 features
 _FLOAT16_MAX = 65504.0
+_PART_IMAGES = 1 << 14
 _CHECKSUM_BYTES = 4
 
 Features = NDArray[np.float16]
@@ -155,7 +158,8 @@ def embed(
     on the first 1,024 images of `calibration` (default: `pool`): give train and test sets the same one.
 
     Cached in `store/embed/<key[:2]>/<key>/features.npy` under (network, pool digest, image size, NUMERICS).
-    The file ends in a CRC-32 of the features; one that is cut short or damaged is computed again.
+    The file ends in a CRC-32 of the features; one that is cut short or damaged is computed again. Stopped or killed, the
+    next call goes on behind the last whole part.
     Raises UserError for a network that cannot be loaded or whose features are not finite, and for a full
     disk; Interrupted when `runtime.stop()`.
     """
@@ -174,12 +178,17 @@ def embed(
         return cached
     runtime.set_threads()
     loaded = _load(ref, image_size, calibration)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        checksum = 0
-        for start in range(0, pool.size, batch_size):
+    step = max(1, _PART_IMAGES // batch_size) * batch_size
+    parts = [path.with_name(f"{start}.{step}.{batch_size}.part") for start in range(0, pool.size, step)]
+    for number, part in enumerate(parts):
+        if part.exists():
+            continue  # of a run that was stopped
+        blocks = []
+        end = min((number + 1) * step, pool.size)
+        for start in range(number * step, end, batch_size):
             if runtime.stop():
-                raise Interrupted(f"stopped embedding {pool.name}")
-            rows = np.arange(start, min(start + batch_size, pool.size))
+                raise Interrupted(f"stopped embedding {pool.name}; whole parts of {step} images are kept")
+            rows = np.arange(start, min(start + batch_size, end))
             block = embed_images(
                 _images(pool, rows, image_size), loaded, device=runtime.device, batch_size=batch_size
             )
@@ -187,17 +196,30 @@ def embed(
                 raise UserError(
                     f"{network} on {pool.name}: features are not finite: the network diverged; lower its lr and pretrain again"
                 )
-            if start == 0:
-                header = {"descr": "<f2", "fortran_order": False, "shape": (pool.size, block.shape[1])}
-                np.lib.format.write_array_header_1_0(file, header)
-            data = block.tobytes()
-            file.write(data)
-            checksum = zlib.crc32(data, checksum)
+            blocks.append(block.tobytes())
             runtime.progress(int(rows[-1]) + 1, pool.size)
-        file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
+        write_atomic(part, b"".join(blocks))
+    with contextlib.suppress(FileNotFoundError):  # another process was as far as we are, and joined them
+        _join(parts, path, pool.size)
+    for part in parts:
+        part.unlink(missing_ok=True)
     cached = _read(path, pool.size)
     assert cached is not None
     return cached
+
+
+def _join(parts: Sequence[Path], path: Path, rows: int) -> None:
+    """Features of all rows (float16, row by row) as one .npy file with their CRC-32."""
+    dim = sum(part.stat().st_size for part in parts) // (2 * rows)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
+        np.lib.format.write_array_header_1_0(file, header)
+        checksum = 0
+        for part in parts:
+            data = part.read_bytes()
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+        file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
 
 def _load(ref: NetworkRef, image_size: int, calibration: "Pool") -> Network:

@@ -154,7 +154,8 @@ def pretrain(spec: CellSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
     shown = first_images(subset, EFFECTIVE_RANK_IMAGES, spec.image_size)
     features = embed_images(shown, load_weights(out / "weights.pt"), device=runtime.device)
     with torch.compiler.set_stance("force_eager") if module.compiled else contextlib.nullcontext():
-        embeddings = _embeddings(module, shown, runtime.device)
+        share = module.batch_size // runtime.group.ranks.world
+        embeddings = _embeddings(module, shown, runtime.device, share)
     per_sample = flops_per_sample(spec.method, spec.backbone, spec.image_size, spec.recipe)
     return {
         "samples_seen": result.samples_seen,
@@ -192,10 +193,12 @@ def first_images(subset: Subset, count: int, image_size: int) -> NDArray[np.uint
     )
 
 
-def _embeddings(module: "Method", images: NDArray[np.uint8], device: str) -> list[NDArray[np.float32]]:
+def _embeddings(
+    module: "Method", images: NDArray[np.uint8], device: str, batch_size: int
+) -> list[NDArray[np.float32]]:
     """What a joint-embedding method's head makes of views of uint8 (n, H, W, 3): [(n of all views, d)], or [] for MAE.
 
-    In batches of the cell's own size, for which there is memory. A head can map every image to one point while the backbone's features still look healthy.
+    In batches of the size that a rank trains with, for which there is memory. A head can map every image to one point while the backbone's features still look healthy.
     """
     import torch
 
@@ -205,8 +208,8 @@ def _embeddings(module: "Method", images: NDArray[np.uint8], device: str) -> lis
         return []
     module.eval().to(device)
     found = []
-    for first in range(0, len(images), module.batch_size):
-        part = torch.from_numpy(images[first : first + module.batch_size])
+    for first in range(0, len(images), batch_size):
+        part = torch.from_numpy(images[first : first + batch_size])
         batch = part.permute(0, 3, 1, 2).contiguous().to(device)
         positions = torch.arange(first, first + len(part), device=device)
         with torch.no_grad():

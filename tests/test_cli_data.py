@@ -106,6 +106,25 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(
     assert "is there" in capsys.readouterr().out
 
 
+def test_a_dry_run_stands_what_prepare_drops(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (user / "flowers/a/0.jpg").write_bytes(b"")
+    assert main(["data", "prepare", "~/flowers", "size=16", "--dry-run"]) == 0
+    assert "MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "digits", "--images", "0"],
+        ["download", "yfcc100m", "--rate", "0"],
+        ["download", "yfcc100m", "--timeout-s", "0"],
+    ],
+)
+def test_numbers_have_bounds(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", *words]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_dry_run_downloads_nothing(user: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "data",

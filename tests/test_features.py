@@ -157,6 +157,28 @@ def test_stopping_leaves_nothing_behind(home: Path) -> None:
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
+def test_stopped_it_goes_on_behind_the_last_whole_part(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_PART_IMAGES", 9)
+    pool = FakePool(photos(23))
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    with pytest.raises(Interrupted, match="whole parts of 8 images are kept"):
+        run(pool, "random:conv-tiny:1", batch_size=4, runtime=Runtime(stop=stop))
+    reads = pool.reads
+    resumed = run(pool, "random:conv-tiny:1", batch_size=4)
+    assert pool.reads - reads == 1 + 4  # calibration; of six batches two were kept
+    assert {path.name for path in cache_file(home).parent.iterdir()} == {"features.npy"}
+    monkeypatch.setenv("SSL_DIVERSITY_HOME", str(tmp_path / "other"))
+    np.testing.assert_array_equal(resumed, run(FakePool(photos(23)), "random:conv-tiny:1", batch_size=4))
+
+
 def test_random_networks_batch_norm_has_the_statistics_of_the_images() -> None:
     images = photos(300, seed=1) // 2
     module = random_network("conv-tiny", 0, 16, images).module

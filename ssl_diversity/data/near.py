@@ -25,6 +25,7 @@ from ssl_diversity.data.likeness import (
     distance,
     faint,
 )
+from ssl_diversity.data.table import as_bytes
 from ssl_diversity.errors import Interrupted
 from ssl_diversity.runtime import Runtime
 
@@ -113,18 +114,18 @@ def near_copies(
     if n == 0:
         return np.zeros(0, np.int64)
     scratch.mkdir(parents=True, exist_ok=True)
-    match, state, equal = scratch / "match", scratch / "bands-done", scratch / "equal.npy"
+    match, state, equal = scratch / "match", scratch / "bands-done", scratch / "equal"
     file = bands.CodeFile(scratch / "codes")
-    if not state.exists():
-        np.full(n, _NONE).tofile(match)
+    if not (state.exists() and equal.exists()):
+        match.write_bytes(as_bytes(np.full(n, _NONE), np.uint64))
         rows, firsts = _equal_rows(images, scratch, memory_bytes, runtime)
-        np.save(equal, np.stack([rows, firsts]))
+        equal.write_bytes(as_bytes(np.stack([rows, firsts]), np.int64))
         distinct = np.ones(n, bool)
         distinct[rows] = False
         file.write(_codes(images, distinct, runtime))
         files.write_atomic(state, "0")
     earliest = np.memmap(match, np.uint64, "r+")
-    rows, firsts = np.load(equal)
+    rows, firsts = np.fromfile(equal, np.int64).reshape(2, -1)
     for band in range(int(state.read_text()), bands.BANDS):
         for a, b in _batches(bands.candidates(file, band, scratch, memory_bytes)):
             _heed(runtime)

@@ -1,5 +1,6 @@
 """What `prepare` would make of a source, said without making it."""
 
+import contextlib
 import tempfile
 import time
 from itertools import islice
@@ -37,8 +38,14 @@ def outline(spec: PrepareSpec) -> dict[str, Any]:
             "classes": str(len(source.classes) or "none"),
             "images": "not counted" if count is None else f"{count:,} before copies go",
         }
-        if count and sample:
-            average = sum(_row_bytes(item, spec, bool(source.classes)) for item in sample) / len(sample)
+        sizes = []
+        for item in sample:
+            with contextlib.suppress(
+                Exception
+            ):  # an image that cannot be decoded, which `prepare` counts and lists
+                sizes.append(_row_bytes(item, spec, bool(source.classes)))
+        if count and sizes:
+            average = sum(sizes) / len(sizes)
             found["disk"] = f"about {count * average / 2**20:,.4g} MiB, and as much again while it is made"
         return found
 
@@ -60,4 +67,4 @@ def _look(source: Source, spec: PrepareSpec) -> tuple[int | None, list[Item]]:
 def _row_bytes(item: Item, spec: PrepareSpec, labelled: bool) -> int:
     """What an image takes: its header and padding in the tar, its label's member, its row of the index."""
     encoded = as_stored(item, pixels_of(item), spec)[1]
-    return len(encoded) + 512 + 256 + 1024 * labelled + 40
+    return len(encoded) + 512 + 256 + 1024 * labelled + 40 + 274 * spec.near_duplicates

@@ -384,10 +384,10 @@ def find(name: str) -> Pool:
     )
 
 
-def overlap(pool: Pool, n: int, replicates: Sequence[int]) -> float:
-    """Mean over pairs of `replicates` of the fraction of their `n` rows that both have; 0 for one."""
-    starts = [pool.rows(n, replicate).start for replicate in replicates]
-    ring = pool.info.first_size
+def overlap(pool: Pool, n: int, replicates: Sequence[int], *, first: int | None = None) -> float:
+    """Mean over pairs of `replicates` of the fraction of their `n` rows (`Pool.rows`) that both have; 0 for one."""
+    draws = [pool.rows(n, replicate, first=first) for replicate in replicates]
+    starts, ring = [rows.start for rows in draws], draws[0].ring if draws else 1
     inside = min(n, ring)  # behind the ring all draws are the same
     shared = []
     for a, b in combinations(starts, 2):

@@ -57,14 +57,15 @@ def prepare(
     is wrong with the source, too little memory, a full disk or an empty result; Interrupted when `runtime.stop()`.
     """
     directory = spec.directory
+    work = directory.with_name(f".{directory.name}.work")
     if (directory / "pool.json").exists():
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed while it removed it
         return Pool.open(directory)
     share(processes, memory_bytes)
     excluded = _excluded(spec, processes, memory_bytes, runtime)
     with reporting_full_disk(directory), locked(directory, runtime):
         if (directory / "pool.json").exists():
             return Pool.open(directory)
-        work = directory.with_name(f".{directory.name}.work")
         work.mkdir(exist_ok=True)
         for leftover in work.glob(".*.tmp"):  # of a kill
             leftover.unlink()
@@ -95,7 +96,7 @@ def prepare(
             selection.write(writer, max(total, decoded.read))
             counts = {**source.counts, **selection.counts, "kept": writer.rows}
             pool = publish(writer, directory, _info(spec, source, decoded, counts))
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
         return pool
 
 

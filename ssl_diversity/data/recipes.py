@@ -133,7 +133,7 @@ def _spec(
     values = merge(recipe, given, fields, {"options": others}, fixed)
     if recipe["name"] == recipe["source"] and "name" not in options:  # a kind alone, such as `folder`
         values["name"] = _own_name(str(recipe["source"]), values["options"])
-    values["name"] += suffix
+    values["name"] = f"{values['name']}{suffix}"
     if suffix and source.holdout == 0 and values.get("holdout") is None:
         values["holdout"] = DOWNSTREAM_HOLDOUT
     unknown = [key for key in others if key not in source.Options.model_fields]
@@ -143,7 +143,9 @@ def _spec(
     try:
         chosen = {key: value for key, value in values["options"].items() if value is not None}
         values["options"] = validate(source.Options, chosen, where).model_dump(mode="json")
-        values["exclude"] = tuple(_absolute(name) for name in values.get("exclude", ()))
+        excluded = values.get("exclude") or ()
+        names = (excluded,) if isinstance(excluded, str | int | float) else excluded
+        values["exclude"] = tuple(_absolute(str(name)) for name in names)
         spec = validate(PrepareSpec, {k: v for k, v in values.items() if k not in _NOTES}, where)
     except UserError as error:
         raise UserError(f"{error}; {get}" if get else str(error)) from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 
@@ -271,6 +271,10 @@ class Client:
             headers["Range"] = f"bytes={begin}-{'' if thing.stop is None else thing.stop - 1}"
         if thing.got and thing.validator:
             headers["If-Range"] = thing.validator
+        address = urlsplit(thing.url)
+        if address.username is not None:
+            who = f"{unquote(address.username)}:{unquote(address.password or '')}"
+            headers |= urllib3.make_headers(basic_auth=who)
         self._requests_pace.wait(1)
         self.count("requests")
         try:

@@ -107,8 +107,9 @@ class StreamingReader(RandomReader):
             except FetchError:
                 raise
             except UserError:
-                if not self._drop_damaged(indices) or not further:
+                if not further or not self._far.parts:
                     raise
+                self._drop_damaged(indices)  # unless another process has done so already
         if self._ahead:
             self._ahead.was_read(len(indices) * self._share)
             self._note()
@@ -133,9 +134,8 @@ class StreamingReader(RandomReader):
             found = self._shards[part, shard] = _CachedShard(self.cache, self._far, part, shard)
         return found
 
-    def _drop_damaged(self, indices: NDArray[np.int64]) -> bool:
-        """Throw out the blocks of remote images that are not what the index says; whether there were any."""
-        dropped = False
+    def _drop_damaged(self, indices: NDArray[np.int64]) -> None:
+        """Throw out the blocks of remote images that are not what the index says."""
         for part, _, numbers in self.subset.locate(indices):
             for row in numbers.tolist() if part in self._far.parts else ():
                 pool = self.subset.parts[part][0]
@@ -144,8 +144,6 @@ class StreamingReader(RandomReader):
                 if zlib.crc32(shard.read(*span)) != pool.crc[row]:
                     for key in self._far.keys(part, int(pool.shard[row]), span[0], sum(span)):
                         self.cache.forget(key)
-                    dropped = True
-        return dropped
 
 
 def needed_bytes(subset: Subset, order: Order) -> int:

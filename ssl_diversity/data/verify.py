@@ -1,15 +1,19 @@
 """`verify`: whether a pool's files are still what they were when it was made."""
 
+import contextlib
 import hashlib
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ssl_diversity.data import image
 from ssl_diversity.data.config import Shard
 from ssl_diversity.data.growing import unfinished
 from ssl_diversity.data.pool import COLUMNS, OPTIONAL_COLUMNS, Pool
+from ssl_diversity.data.remote import FetchError
+from ssl_diversity.data.transports import local_path, shown
 from ssl_diversity.data.writer import file_digest
 from ssl_diversity.errors import UserError
 
@@ -20,7 +24,8 @@ def verify(
     """Every difference found, each naming its file; [] for a whole pool. `progress` counts rows.
 
     Rechecks checksums of shards, index and list of dropped images, the chained digests against the index,
-    the index against the members of each shard, and that each row decodes to a size of the pool.
+    the index against the members of each shard, and that each row decodes to a size of the pool. Shards of a remote
+    pool are fetched for it, one at a time.
     """
     try:
         pool = Pool.open(pool.path if isinstance(pool, Pool) else pool)
@@ -46,18 +51,38 @@ def verify(
         columns = None  # its file is named above
     row = 0
     for number, shard in enumerate(pool.info.shards):
-        path = pool.path / shard.file
-        if not path.exists():
-            problems.append(f"{path}: missing")
-        elif file_digest(path) != shard.blake2b:
-            problems.append(f"{path}: checksum differs")
-        elif columns is not None:
-            problems += [f"{path}: {problem}" for problem in _members(columns, path, number, shard, row)]
+        name = shown(pool.address(number))
+        try:
+            with _shard_file(pool, number) as path:
+                if not path.exists():
+                    problems.append(f"{name}: missing")
+                elif file_digest(path) != shard.blake2b:
+                    problems.append(f"{name}: checksum differs")
+                elif columns is not None:
+                    problems += [
+                        f"{name}: {problem}" for problem in _members(columns, path, number, shard, row)
+                    ]
+        except FetchError as error:
+            problems.append(str(error))
         row += shard.rows
         progress(row, pool.size)
     if problems and Pool.open(pool.path).info != pool.info:  # it grew meanwhile
         return verify(pool.path, progress)
     return problems
+
+
+@contextlib.contextmanager
+def _shard_file(pool: Pool, number: int) -> Iterator[Path]:
+    """A shard as a file, which may be missing; of a remote pool fetched, and there within alone (or FetchError)."""
+    address = pool.address(number)
+    path = local_path(address)
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.tar"
+        pool._client.download(address, path, expected_bytes=pool.info.shards[number].bytes)
+        yield path
 
 
 def _chain(pool: Pool) -> list[str]:

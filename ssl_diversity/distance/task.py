@@ -154,7 +154,7 @@ def _statistics(
     def compute() -> dict[str, Any]:
         nonlocal embedded
         ranges = extractor.ranges()
-        parts = []
+        total: Statistics | None = None  # of one batch, with a large extractor, may be 100 MB
         for start in range(0, count, extractor.batch_size):
             index = np.arange(start, min(start + extractor.batch_size, count))
             features, layers = extractor(torch.from_numpy(images(index)).permute(0, 3, 1, 2))
@@ -162,10 +162,12 @@ def _statistics(
                 raise UserError(
                     f"extractor={extractor.name}: features are not finite; its weights are broken"
                 )
-            parts.append(Statistics.of(features.cpu().numpy(), histograms(layers, ranges, bins)))
+            part = Statistics.of(features.cpu().numpy(), histograms(layers, ranges, bins))
+            total = part if total is None else total + part
             embedded += len(index)
             report(len(index))
-        return merge(parts).arrays()
+        assert total is not None
+        return total.arrays()
 
     key = digest({**identity, "extractor": extractor.identity, "bins": bins, "numerics": NUMERICS})
     found = Statistics(**cached("statistics", key, compute))
@@ -203,7 +205,9 @@ def progress_of(runtime: Runtime, total: int) -> Callable[[int], None]:
         done += images
         runtime.progress(done, total)
         if runtime.stop():
-            raise Interrupted(f"stopped after {done} of {total} images; what was embedded is kept")
+            raise Interrupted(
+                f"stopped after {done} of {total} images; sets that were embedded whole are kept"
+            )
 
     return report
 

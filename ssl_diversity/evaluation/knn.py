@@ -20,7 +20,7 @@ def knn(data: Labelled, settings: ProbeSettings) -> Outcome:
     k = settings.knn_k
     if k > len(data.train):
         raise UserError(
-            f"probe 'knn': knn_k={k} is more than the {len(data.train)} training images; lower knn_k"
+            f"probe 'knn': knn_k={k} is more than the {len(data.train)} training images; add some, or leave knn out of `probes`"
         )
     votes = knn_votes(
         data.train, data.train_labels, data.test, data.classes, k=k, temperature=settings.knn_temperature

@@ -30,10 +30,10 @@ class Labelled:
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64 with the mean and standard deviation of `train`; features constant there become 0."""
-    train = train.double()
+    train = train.to(torch.float64, copy=True)  # then in place: of ImageNet each copy is 20 GB
     mean, deviation = train.mean(0), train.std(0, correction=0)
     scale = torch.where(deviation > 1e-8 * mean.abs(), 1 / deviation, 0.0)
-    return (train - mean) * scale, (test.double() - mean) * scale
+    return train.sub_(mean).mul_(scale), test.to(torch.float64, copy=True).sub_(mean).mul_(scale)
 
 
 def ranks(labels: NDArray[np.int64], seed: int, stream: int) -> NDArray[np.int64]:

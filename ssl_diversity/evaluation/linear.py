@@ -39,7 +39,7 @@ def linear(data: Labelled, settings: ProbeSettings, seed: int) -> Outcome:
 
 
 def choose(x: Tensor, labels: Tensor, classes: int, settings: ProbeSettings, seed: int) -> Chosen:
-    """The strength that does best on the validation part of x (n, d), refitted on all of it.
+    """The strength that does best on the validation part of x (n, d), refitted on all of it; x is centred in place.
 
     Raises UserError where no class has the two images that a validation part takes.
     """
@@ -51,7 +51,7 @@ def choose(x: Tensor, labels: Tensor, classes: int, settings: ProbeSettings, see
     held_out = torch.from_numpy(validation).to(x.device)
     l2 = torch.tensor(settings.l2, dtype=x.dtype, device=x.device)[None]
     axes = principal_axes(x[None])
-    z = axes(x)
+    z = x.sub_(axes.mean[0])[None] @ axes.basis  # `axes(x)` without another copy of x
     weights = (~held_out).to(x.dtype)[None, :, None].expand(1, -1, l2.shape[1])
     grid = fit(z, labels[None], weights, l2, classes, tol=CHOOSING)
     index, accuracy = best_strength(logits(z[:, held_out], grid)[0], labels[held_out])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl_diversity.errors import UserError
+from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.evaluation.config import Probe, ProbeSpec, parse_probe
 from ssl_diversity.runtime import Runtime
 
@@ -43,7 +43,11 @@ def probe(spec: ProbeSpec, out: Path, runtime: Runtime) -> dict[str, Any]:
         labels.append(torch.tensor(np.asarray(pool.label), dtype=torch.int64, device=runtime.device))
     data = Labelled(features[0], labels[0], features[1], labels[1], names=tuple(train.info.classes))
     probes = [parse_probe(name) for name in spec.probes]
-    outcomes = {p.name: run(p, data, spec) for p in probes}
+    outcomes = {}
+    for each in probes:
+        if runtime.stop():
+            raise Interrupted("stopped between probes; the features are kept")
+        outcomes[each.name] = run(each, data, spec)
     common = {"n_test": test.size, "chance": 1 / data.classes}
     return {
         "rows": [{"probe": name, **outcome.row(), **common} for name, outcome in outcomes.items()],

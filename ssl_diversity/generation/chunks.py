@@ -172,7 +172,9 @@ class Maker:
             }
             first = drawn(self.spec.seed, self.sampler.conditions, range(1))
             flops = flops_per_image(
-                lambda steps: self.sampler.block(first, num_inference_steps=steps), self.spec.sampling.steps
+                lambda steps: self.sampler.block(first, num_inference_steps=steps),
+                self.spec.sampling.steps,
+                self.runtime.device,
             )
             files.write_json(path, {**found, "flops_per_image": flops})
         known: dict[str, Any] = files.read_json(path)

@@ -105,15 +105,10 @@ class GeneratedRecipe(Config):
         else:
             pipeline, digest = _located(str(self.pipeline), self.revision)
             source = {"pipeline": pipeline, "pipeline_digest": digest, "real_images": self.real_images}
-        return GenerateSpec(
-            **self.model_dump(include=set(GenerateSpec.model_fields) - source.keys()),
-            **source,
-            conditions=self.conditions(classes),
-            size=size,
-            filter=filter,
-            codec=codec,
-            quality=quality,
-        )
+        values = self.model_dump(include=set(GenerateSpec.model_fields) - source.keys()) | source
+        values |= {"conditions": self.conditions(classes)}
+        values |= {"size": size, "filter": filter, "codec": codec, "quality": quality}
+        return validate(GenerateSpec, values, f"set {self.name!r}")
 
     def conditions(self, classes: Sequence[str] | None = None) -> Conditions:
         """What images are made of; `classes` in place of the recipe's. UserError where they do not fit together."""

@@ -1,5 +1,6 @@
 """What making images costs: seconds, energy where the machine tells it, floating-point operations."""
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable
@@ -72,15 +73,16 @@ def _cpu_energy() -> Callable[[], float] | None:
     return read if zones else None
 
 
-def flops_per_image(make: Callable[[int], Any], steps: int) -> float | None:
+def flops_per_image(make: Callable[[int], Any], steps: int, device: str) -> float | None:
     """FLOPs of one image in `steps` steps: counted at 1 and at 2 steps by `make(steps)`, and linear in between.
 
     None where the scheduler cannot do so few.
     """
     counts = []
     for few in (1, 2):
-        # attention by matrix products: the kernels of a CPU are not known to the counter
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # Attention by matrix products where the counter does not know the kernels; on a GPU they could need too much.
+        plain = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+        with plain, FlopCounterMode(display=False) as counter:
             try:
                 make(few)
             except UserError:

@@ -269,7 +269,7 @@ def _flow(key: str, value: Any, base: Any) -> str:
 @cache
 def _overlap(parts: Parts, replicates: tuple[int, ...]) -> float:
     """Of a mixture, the mean over its images."""
-    shared = sum(rows.count * overlap(pool, rows.count, replicates) for pool, rows in parts)
+    shared = sum(rows.count * overlap(pool, rows.count, replicates, first=rows.ring) for pool, rows in parts)
     return shared / sum(rows.count for _, rows in parts)
 
 

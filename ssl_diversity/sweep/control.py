@@ -1,6 +1,6 @@
 """What users do with a sweep that runs or has failed: stop it, look into a task, forgive failures, go on."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from ssl_diversity.sweep import claims, fleet, launch, losses, orders, slurm, st
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.plan import expand
 from ssl_diversity.sweep.profile import SlurmProfile
+from ssl_diversity.sweep.task import Task
 from ssl_diversity.sweep.work import Worker
 
 
@@ -31,8 +32,8 @@ def cancel(sweep: SweepConfig, *, at_once: bool = False) -> str:
     return f"{sweep.name}: {count} workers {how}; `ssl-diversity sweep {sweep.name}` goes on"
 
 
-def forgive(sweep: SweepConfig, text: str = "") -> list[str]:
-    """Forget the failures of the tasks of a sweep that `text` names (all, by default); returns their labels."""
+def forgive(sweep: SweepConfig, text: str = "") -> list[Task]:
+    """Forget the failures of the tasks of a sweep that `text` names (all, by default); returns them."""
     failed = store.Index("failed")
     forgiven = []
     for task in expand(sweep).tasks:
@@ -40,17 +41,21 @@ def forgive(sweep: SweepConfig, text: str = "") -> list[str]:
             for failure in store.failures(task):
                 failure.path.rename(failure.path.with_name(failure.path.name.replace("failed.", "forgiven.")))
             failed.discard(task.kind, task.key)
-            forgiven.append(task.label)
+            forgiven.append(task)
     return forgiven
 
 
-def go_on(sweep: SweepConfig, console: Console) -> int:
-    """Run a sweep as it was run last, unless workers are still about it; returns the exit status."""
+def go_on(sweep: SweepConfig, kinds: Collection[str], console: Console) -> int:
+    """Run a sweep as it was run last, and these kinds of tasks in any case; returns the exit status.
+
+    Unless workers are still about it.
+    """
     order = orders.latest(sweep.folder)
+    skip = order.skip.difference(kinds)
     if isinstance(order.profile, SlurmProfile):
         launch.reach(order.profile)
         try:
-            if fleet.Slurm(order, Worker).alive():
+            if skip == order.skip and fleet.Slurm(order, Worker).alive():
                 console.print(
                     f"{sweep.name}: its workers go on; `ssl-diversity status {sweep.name} --watch` shows them"
                 )
@@ -59,7 +64,7 @@ def go_on(sweep: SweepConfig, console: Console) -> int:
             raise UserError(
                 f"the scheduler does not answer ({error}); the failures are forgiven, run the sweep"
             ) from None
-    return launch.run(sweep, order.profile, skip=order.skip, console=console)
+    return launch.run(sweep, order.profile, skip=skip, console=console)
 
 
 def logs(text: str, lines: int) -> Iterator[str]:

@@ -74,7 +74,7 @@ class Local:
         there = self.alive()
         wanted = self.workers if waiting else min(self.workers, len(rest.ready) + len(rest.later))
         missing = min(wanted - there, self.most - there - self.ended)
-        if missing > 0 and not rest.over:
+        if missing > 0 and not (rest.over or self.order.cancelled):
             if self.executor is None:
                 self.executor = executor(self.order)
             with _environment(self.order), self.executor.batch():
@@ -132,14 +132,14 @@ class Slurm:
         until = time.monotonic() + patience_s
         while (lock := claims.claim(self.folder, stale_s=LOCK_STALE_S)) is None:
             if time.monotonic() > until:
-                return self.alive()
+                return len(self._there().keys() - {leaving})
             time.sleep(LOCK_WAIT_S)
         try:
             with lock.heartbeat(LOCK_STALE_S / 10):
                 there = self._there(tidy=True)
                 records = self._records(there)
                 there.pop(leaving, None)
-                if self.order.cancelled or rest.over:
+                if self.order.cancelled or rest.over or self._is_superseded():
                     return len(there)
                 return len(there) + self._send_missing(rest, records, Counter(there.values()), until)
         finally:
@@ -156,17 +156,26 @@ class Slurm:
         return len(self._there())
 
     def dismiss(self) -> None:
-        """Take those that wait out of the queue."""
-        slurm.cancel(list(self._there()), pending_only=True)
+        """Take those that wait out of the queue, unless a later run has work for them."""
+        if not self._is_superseded():
+            slurm.cancel(list(self._there()), pending_only=True)
 
     def stop(self) -> None:
-        """As `dismiss`; the others are told by `orders.cancel` and woken by a signal."""
-        self.dismiss()
+        """Take those that wait out of the queue; the others are told by `orders.cancel` and woken by a signal."""
+        slurm.cancel(list(self._there()), pending_only=True)
         slurm.tell(list(self._there()), "USR2")
 
     def cancel(self) -> None:
         """End all of them at once."""
         slurm.cancel(list(self._there()))
+
+    def _is_superseded(self) -> bool:
+        self.hopeless = self.order.superseded
+        if self.hopeless:
+            self.told = (
+                "a later run of this sweep with other tasks has its workers; run this one again after it"
+            )
+        return self.hopeless
 
     # How many there are
 
@@ -202,6 +211,8 @@ class Slurm:
         alive, records = set(there), []
         for path in sorted(self.folder.glob("[0-9]*.json")):
             record = files.read_json(path)
+            if record.get("uid", os.getuid()) != os.getuid():
+                continue  # of another user, whose jobs are not among those that are there
             names = {
                 str(i): f"{path.stem}_{i}" if record["count"] > 1 else path.stem
                 for i in range(record["count"])
@@ -229,7 +240,10 @@ class Slurm:
             own = self.profile.of(name)
             bad = sum(n for (of, end), n in ends.items() if of == name and end in losses.CRASHED)
             room = own.workers - ends[name, "CANCELLED"]
-            if bad > self.profile.max_losses * own.workers:
+            excused = sum(
+                len(lost.keys(kind)) for kind in kinds
+            )  # tasks with more memory after each of these
+            if bad > self.profile.max_losses * own.workers + excused:
                 self.told = f"{bad} workers of class {name} ended in the middle of their work; see `logs`, {self.order.sweep.folder / 'logs'}"
                 room = 0
             asked: dict[float | None, list[Task]] = defaultdict(list)
@@ -294,6 +308,7 @@ class Slurm:
             "since": order.since,
             "sent": time.time(),
             "logs": str(sender.folder),
+            "uid": os.getuid(),
         }
         files.write_json(self.folder / f"{jobs[0].job_id.split('_')[0]}.json", record)
         return None

@@ -87,6 +87,12 @@ def run(
             now = status.snapshot(current.plan, **order.limits)
             console.print(f"{sweep.name}: stopped; {now.words}. Run the same command again to go on.")
             return 128 + stopped[0]
+        if order.cancelled:
+            now = status.snapshot(current.plan, **order.limits)
+            console.print(f"{sweep.name}: cancelled; {now.words}. Run the same command again to go on.")
+            return 1
+        if crew.hopeless and crew.told:
+            console.print(f"{sweep.name}: {crew.told}")
     return _finish(remember(sweep, ended=True, tell=tell), current, order, console, with_report)
 
 
@@ -196,9 +202,15 @@ def _watch(
             done.refresh()
             plan = current.refresh(done)
             now = watching.look(plan)
+            if now.over and plan.waiting:
+                done.refresh()
+                if current.refresh(done) is not plan:
+                    continue  # what it waited for has appeared between the two looks
             if stopped and not signalled and crew is not None:
-                orders.cancel(order.sweep)
-                crew.stop()
+                if isinstance(profile, SlurmProfile):
+                    orders.cancel(order.sweep, everybody=False)
+                with contextlib.suppress(slurm.NoAnswer):  # then they find by themselves that they are to end
+                    crew.stop()
                 signalled = True
             if crew is not None and (now.over or time.monotonic() - asked_at >= crew.ask_s):
                 asked_at = time.monotonic()
@@ -206,6 +218,8 @@ def _watch(
                     count, hint = _kept_up(crew, now, bool(plan.waiting), count, bool(stopped))
                 except slurm.NoAnswer as error:
                     hint = f"the scheduler does not answer: {error}"
+                    if stopped:
+                        return
             rate = meter.rate(now.samples)
             workers = count if crew is not None else len(now.running)
             remaining = status.seconds_left(plan, now, workers, where)
@@ -221,7 +235,7 @@ def _watch(
                 return
             if crew is not None and not count and (stopped or crew.hopeless or _disk_is_full()):
                 return
-            if crew is None and order.cancelled:
+            if not count and order.cancelled:
                 return
             time.sleep(profile.poll_s)
 

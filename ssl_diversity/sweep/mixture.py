@@ -30,7 +30,8 @@ def normal(
     for part, value in parts.items():
         options = dict(value) if isinstance(value, Mapping) else {SHARE: value}
         own = {key: option for key, option in options.items() if key != SHARE}
-        if MIX in own or (not own and MIX in (known.get(part) or {})):
+        set_ = known.get(part)
+        if MIX in own or (not own and isinstance(set_, Mapping) and MIX in set_):
             raise UserError(f"set {name}: {part} is a mixture itself; name what it is made of")
         if own or part not in known:
             own = one(str(part), own)

@@ -79,19 +79,34 @@ class Order:
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was said after this run began."""
-        with contextlib.suppress(OSError, ValueError):
-            return float((self.sweep.folder / "cancelled").read_text()) >= self.since
+        """Whether `cancel` was said after this run began, to all or to this user's workers."""
+        for path in _marks(self.sweep):
+            with contextlib.suppress(OSError, ValueError):
+                if float(path.read_text()) >= self.since:
+                    return True
         return False
 
+    @property
+    def superseded(self) -> bool:
+        """Whether a later run with other tasks has taken over the workers of this one."""
+        later = newer(self)
+        return later is not self and (_asked(later) != _asked(self))
 
-def cancel(sweep: SweepConfig) -> None:
-    """Tell every worker of the runs that have begun to save and end."""
-    _mark(sweep, file_time())
+
+def cancel(sweep: SweepConfig, *, everybody: bool = True) -> None:
+    """Tell every worker of the runs that have begun, or this user's alone, to save and end."""
+    path = _marks(sweep)[0 if everybody else 1]
+    write_atomic(path, repr(file_time()))
 
 
-def _mark(sweep: SweepConfig, when: float) -> None:
-    write_atomic(sweep.folder / "cancelled", repr(when))
+def _marks(sweep: SweepConfig) -> tuple[Path, Path]:
+    """The files that say when `cancel` was said: to everybody, and to this user's workers."""
+    return sweep.folder / "cancelled", sweep.folder / f"cancelled.{os.getuid()}"
+
+
+def _asked(order: Order) -> tuple[Any, frozenset[str]]:
+    """What a run is to do."""
+    return order.sweep.model_dump(mode="json"), order.skip
 
 
 def keep(order: Order) -> None:
@@ -102,8 +117,9 @@ def keep(order: Order) -> None:
         "profile": order.given.model_dump(mode="json"),
     }
     record |= {"sweep": order.sweep.model_dump(mode="json"), "with_report": order.with_report}
-    if not (order.sweep.folder / "cancelled").exists():
-        _mark(order.sweep, 0.0)  # a file server may go on saying for a while that there is none
+    for path in _marks(order.sweep):
+        if not path.exists():
+            write_atomic(path, "0.0")  # a file server may go on saying for a while that there is none
     write_json(order.sweep.folder / RUN, {**record, "functions": order.functions, "uid": os.getuid()})
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_diversity.errors import UserError
-from ssl_diversity.files import home, read_json, write_atomic, write_json
+from ssl_diversity.files import home, read_json, task_dir, write_atomic, write_json
 from ssl_diversity.sweep.claims import Claim, Process, create_once, holder
 from ssl_diversity.sweep.task import NUMERICS, Task
 
@@ -304,6 +304,8 @@ def check() -> list[str]:
                 (folder / "result.json").unlink()
                 notes.append(f"{folder / 'result.json'}: not readable, removed: the task will run again")
         for key in sorted(done.keys(kind) - found):
+            if (task_dir(kind, key) / "result.json").exists():
+                continue  # published meanwhile
             done.discard(kind, key)
             notes.append(f"{kind} {key}: was marked done but has no result; the task will run again")
         for key in sorted(found - done.keys(kind)):
@@ -333,8 +335,12 @@ def usage() -> list[tuple[str, int, int]]:
     for part in (
         sorted(path for path in store_dir().iterdir() if path.is_dir()) if store_dir().exists() else []
     ):
-        files = [path for path in part.rglob("*") if path.is_file()]
-        rows.append((part.name, len(files), sum(path.stat().st_size for path in files)))
+        sizes = []
+        for path in part.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # some live for moments
+                if path.is_file():
+                    sizes.append(path.stat().st_size)
+        rows.append((part.name, len(sizes), sum(sizes)))
     return rows
 
 

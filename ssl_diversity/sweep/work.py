@@ -33,25 +33,15 @@ HICCUPS = 20  # turns that a file server may fail in a row
 class Worker:
     """One worker as submitit runs it: picklable, called once per job and rank, and again after a requeue.
 
-    On a cluster, where much may happen before it starts, it takes the latest run's order.
+    On a cluster, where much may happen before it starts, it takes the order of a later run there, if there is one.
     """
 
     def __init__(self, order: Order, index: int = 0) -> None:
-        self.index, self.folder = index, order.sweep.folder
-        self.kind = order.worker_class, order.mem_gb
-        self.order = None if isinstance(order.profile, SlurmProfile) else order
+        self.order, self.index = order, index
 
     def __call__(self) -> None:
         again = signal.getsignal(signal.SIGUSR2)  # submitit's: saves the job and asks for a requeue
-        order = self.order or orders.latest(self.folder)
-        if self.order is None:
-            if (
-                not isinstance(order.profile, SlurmProfile)
-                or self.kind[0] not in order.profile.classes_of_workers
-            ):
-                print(f"the latest run of {order.sweep.name} wants no such worker: leaving", flush=True)
-                return
-            order = order.of(*self.kind)
+        order = orders.newer(self.order) if isinstance(self.order.profile, SlurmProfile) else self.order
         ranks, place = Ranks.current(), estimate.place(order.profile)
         self._take_gpus(ranks)
         with joined(ranks, ranks.place(device(order.profile.device)), _meeting()) as group:
@@ -192,6 +182,9 @@ class Run:
                     self._dismiss()
                     if self.order.with_report:
                         self._report(len(plan.cells))
+                        done.refresh()
+                        if not remaining.look(current.refresh(done), done).over:
+                            continue  # failures were forgiven meanwhile
                     return
                 if plan is not before or self.neighbours.due():
                     self._keep_up(plan, rest, new=plan is not before)

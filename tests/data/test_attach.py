@@ -13,6 +13,7 @@ from ssl_diversity import files
 from ssl_diversity.data.attach import attach
 from ssl_diversity.data.pool import Pool, find
 from ssl_diversity.data.remote import Client
+from ssl_diversity.data.verify import verify
 from ssl_diversity.data.writer import write_pool
 from ssl_diversity.errors import UserError
 
@@ -51,6 +52,19 @@ def test_an_attached_pool_is_the_pool(far: Pool) -> None:
         assert not (pool.path / "shards").exists()
         assert server.total("bytes") < sum(shard.bytes for shard in far.info.shards)
         np.testing.assert_array_equal(pool.images(np.arange(ROWS)), far.images(np.arange(ROWS)))
+
+
+def test_verify_fetches_the_shards_of_an_attached_pool(far: Pool) -> None:
+    with FaultServer(far.path) as server:
+        pool = attach(server.url, client=client())
+        assert verify(pool) == []
+        shard = far.path / far.info.shards[0].file
+        data = bytearray(shard.read_bytes())
+        data[600] ^= 1
+        shard.write_bytes(data)
+        assert verify(pool) == [f"{server.url}/{far.info.shards[0].file}: checksum differs"]
+    near = attach(str(far.path), name="near", client=client())
+    assert verify(near) == [f"{shard}: checksum differs"]
 
 
 def test_attaching_again_fetches_nothing_and_goes_on_where_it_stopped(far: Pool) -> None:

@@ -67,6 +67,9 @@ def test_overlap_is_the_mean_share_of_common_rows(pool: Pool) -> None:
             pairs = [(a, b) for i, a in enumerate(sets) for b in sets[i + 1 :]]
             assert overlap(pool, n, replicates) == pytest.approx(np.mean([len(a & b) / n for a, b in pairs]))
     assert overlap(pool, 60, [0]) == 0.0
+    for n in (7, 20, 45):  # of a sweep that asks for 20 of a pool that was made with more
+        a, b = (set(pool.rows(n, r, first=20).numbers().tolist()) for r in (0, 1))
+        assert overlap(pool, n, [0, 1], first=20) == pytest.approx(len(a & b) / n)
 
 
 def test_rows_digest_is_of_the_rows_not_of_the_place(pool: Pool, home: Path) -> None:

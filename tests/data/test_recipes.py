@@ -166,6 +166,13 @@ def test_the_generated_kind_can_be_seen_but_not_prepared(tmp_path: Path) -> None
         recipes.resolve(str(recipe))
 
 
+def test_a_single_set_to_exclude_and_a_name_that_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "flowers").mkdir()
+    spec = recipes.resolve("digits", {"exclude": f"{tmp_path}/flowers", "name": 2024})
+    assert (spec.exclude, spec.name) == ((f"{tmp_path}/flowers",), "2024")
+    assert recipes.resolve("digits", {"exclude": None}).exclude == ()
+
+
 def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CIFAR10_PATH", raising=False)
     cases = [

@@ -1,5 +1,7 @@
 """Bytes from afar arrive exactly, or one error says why not."""
 
+import base64
+import http.server
 import os
 import threading
 from pathlib import Path
@@ -144,6 +146,31 @@ def test_a_store_without_its_driver_names_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="install s3fs"):
         client().get("s3://bucket/a.tar")
+
+
+def test_credentials_of_an_address_are_sent() -> None:
+    asked: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Authorization"))
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        place = f"127.0.0.1:{server.server_address[1]}/a"
+        try:
+            assert client().get(f"http://me:se%40cret@{place}") == b"ok"
+            assert client().get(f"http://{place}") == b"ok"
+        finally:
+            server.shutdown()
+    assert asked == ["Basic " + base64.b64encode(b"me:se@cret").decode(), None]
 
 
 def test_addresses() -> None:

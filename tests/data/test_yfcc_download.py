@@ -1,9 +1,12 @@
 """Downloads arrive whole, are never fetched twice, and what fails is counted by cause and tried again."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,42 @@ def test_a_killed_download_goes_on(metadata: Path, bucket: Path, tmp_path: Path)
         path.read_bytes() == data for path, data in finished.items() if path.with_suffix(".json") in finished
     )
     assert pool_of(metadata, str(tmp_path / "to")).digest == pool_of(metadata, str(bucket)).digest
+
+
+def names_of(to: Path) -> list[str]:
+    """Of all photos in the tars."""
+    names = []
+    for path in sorted((to / "blocks").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names += tar.getnames()
+    return names
+
+
+def test_killed_between_a_tar_and_its_record_it_has_no_photo_twice(
+    metadata: Path, bucket: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "to"
+    with FaultServer(bucket) as server:
+        fetch(metadata, server, to)
+        (to / "blocks/000001.json").unlink()
+        assert fetch(metadata, server, to) == {"asked": PHOTOS}
+    assert len(names_of(to)) == len(set(names_of(to))) == PHOTOS
+    with tarfile.open(to / "blocks/000002.tar") as tar:  # as written by an earlier version
+        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    with tarfile.open(to / "blocks/000002.tar", "w") as tar:
+        for member, data in [*members, *members]:
+            tar.addfile(member, io.BytesIO(data))
+    assert pool_of(metadata, str(to), deduplicate=False).size == PHOTOS
+
+
+def test_two_downloads_into_one_folder_share_the_work(metadata: Path, bucket: Path, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    with FaultServer(bucket, rates={Fault("slow", after=3000): 1.0}) as server, ThreadPoolExecutor(2) as both:
+        found = list(both.map(lambda n: fetch(metadata, server, to, n=n), (40, PHOTOS)))
+        assert [counts["asked"] for counts in found] == [40, PHOTOS]
+        assert fetch(metadata, server, to) == {"asked": PHOTOS}
+        assert server.total("requests") <= PHOTOS + 2  # and one each to see whether the server is there
+    assert len(names_of(to)) == len(set(names_of(to))) == PHOTOS
 
 
 def test_a_server_that_has_none_or_is_none_is_one_error(

@@ -171,7 +171,7 @@ def test_flops_are_those_of_all_steps(saved, scheduler):
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         make(9)
-    assert counter.get_total_flops() == flops_per_image(make, 9)
+    assert counter.get_total_flops() == flops_per_image(make, 9, "cpu")
 
 
 def test_meter():

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from slurm_helpers import Scheduler, quick_profile
 
 from ssl_diversity.cli import main
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import claims, config, control, launch, losses, orders, status, store
+from ssl_diversity.sweep import claims, config, control, launch, losses, orders, status, store, work
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
@@ -72,6 +73,31 @@ def test_cancel_takes_those_that_wait_out_of_the_queue_and_lets_the_others_save(
     assert len(sweep_fakes.executions()) == 1
 
 
+HERE = LocalProfile(executor="local", workers=2, threads=1, device="cpu", poll_s=0.05, heartbeat_s=0.2)
+
+
+@pytest.mark.parametrize("where", [HERE, quick_profile(workers=2)], ids=["here", "slurm"])
+def test_cancel_ends_the_launcher_too(
+    scheduler: Scheduler,
+    small: SweepConfig,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Profile,
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+
+    def cancel() -> None:
+        wait_for(sweep_fakes.executions)
+        control.cancel(small)
+
+    threading.Thread(target=cancel, daemon=True).start()
+    assert launch.run(small, where, with_report=False, console=console) == 1
+    said = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert said.startswith("quickstart: cancelled; ")
+    assert len(sweep_fakes.executions()) <= 2
+    wait_for(lambda: not scheduler.active)
+
+
 def test_cancel_at_once(scheduler: Scheduler, small: SweepConfig, console: Console) -> None:
     scheduler.change(slots=0)
     launch.run(small, profile(), detach=True, with_report=False, console=console)
@@ -124,6 +150,37 @@ def test_forgiven_failures_are_tried_again_by_the_workers_that_run(
     run_worker(order)
     assert status.snapshot(expand(small)).complete
     assert list(first_cell(small).folder.glob("forgiven.*.txt"))
+
+
+def test_retry_runs_what_the_last_run_left_alone(
+    small: SweepConfig, profile: LocalProfile, console: Console
+) -> None:
+    remember(small, tell=print)
+    orders.keep(Order(small, profile, 1, time.time() - 1e-3, skip=frozenset({"pretrain"})))
+    task = first_cell(small)
+    store.fail(task, "RuntimeError: made up")
+    forgiven = control.forgive(small)
+    assert [each.key for each in forgiven] == [task.key]
+    assert control.go_on(small, {each.kind for each in forgiven}, console) == 0
+    assert task in store.Done()
+
+
+def test_failures_forgiven_while_the_report_is_written_are_tried_again(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(sweep: SweepConfig) -> Path:
+        monkeypatch.delenv("FAKE_FAIL", raising=False)
+        control.forgive(small)
+        return report_(sweep)
+
+    report_ = sweep_fakes.report
+    monkeypatch.setattr(sweep_fakes, "report", report)
+    monkeypatch.setattr(work, "REPORT", "sweep_fakes:report")
+    monkeypatch.setenv("FAKE_FAIL", "pretrain")
+    remember(small, tell=print)
+    run_worker(Order(small, profile, 1, time.time() - 1e-3, with_report=True))
+    assert status.snapshot(expand(small)).complete
+    assert len([one for one in sweep_fakes.executions() if one["kind"] == "report"]) == 2
 
 
 def test_retry_runs_the_sweep_as_it_was_run_unless_workers_are_about_it(

@@ -1,5 +1,6 @@
 """Workers on a scheduler that fails, refuses and falls silent: as many as are wanted, and every task done once."""
 
+import os
 import threading
 import time
 from collections import Counter
@@ -13,11 +14,11 @@ from slurm_helpers import Scheduler, quick_profile
 
 from ssl_diversity import files
 from ssl_diversity.errors import UserError
-from ssl_diversity.sweep import claims, config, estimate, fleet, launch, slurm, status
+from ssl_diversity.sweep import claims, config, estimate, fleet, launch, losses, orders, slurm, status
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
-from ssl_diversity.sweep.profile import SlurmProfile
+from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
 from ssl_diversity.sweep.remaining import Left
 from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.work import Run, Worker, run_worker
@@ -249,9 +250,73 @@ def test_who_leaves_waits_for_another_who_counted_it(idle: Scheduler, small: Swe
     assert sizes(idle) == [1, 1]
 
 
-def test_a_cancelled_run_gets_no_more_workers(idle: Scheduler, small: SweepConfig) -> None:
-    from ssl_diversity.sweep import orders
+def test_who_leaves_is_not_its_own_successor_where_another_holds_the_lock(
+    idle: Scheduler, small: SweepConfig
+) -> None:
+    now = order(small, profile(workers=1))
+    supply(now)
+    other = claims.claim(small.folder / "jobs", stale_s=60)
+    assert other is not None
+    assert supply(now, leaving="1000", patience_s=0.3)[0] == 0
+    other.release()
 
+
+def test_a_later_run_with_other_tasks_has_the_workers(idle: Scheduler, small: SweepConfig) -> None:
+    now = order(small, profile(workers=2))
+    orders.keep(now)
+    assert supply(now)[0] == 2
+    more = small.model_copy(update={"budget": ("512",)})
+    later = order(more, profile(workers=2))
+    orders.keep(later)
+    count, crew = supply(now)
+    assert (count, crew.hopeless) == (2, True)
+    assert "a later run of this sweep with other tasks" in crew.told
+    crew.dismiss()
+    assert sizes(idle) == [2]  # the later one's
+    crew = fleet.Slurm(later, Worker)
+    crew.dismiss()
+    assert sizes(idle) == []
+
+
+def test_an_equal_run_or_one_elsewhere_leaves_a_run_its_workers(idle: Scheduler, small: SweepConfig) -> None:
+    here = LocalProfile(executor="local", workers=1, threads=1, device="cpu")
+    now = order(small, profile(workers=2))
+    orders.keep(order(small, profile(workers=2)))
+    assert not now.superseded
+    orders.keep(Order(small.model_copy(update={"budget": ("512",)}), here, 1, time.time()))
+    assert not now.superseded
+    assert orders.newer(now) is now  # and so does a worker that starts now
+    assert supply(now)[0] == 2
+
+
+def test_jobs_of_another_user_are_not_looked_after(idle: Scheduler, small: SweepConfig) -> None:
+    now = order(small, profile(workers=3))
+    supply(now)
+    (path,) = (small.folder / "jobs").glob("1000.json")
+    record = files.read_json(path)
+    assert record["uid"] == os.getuid()
+    files.write_json(path, {**record, "uid": os.getuid() + 1})
+    slurm.cancel(["1000_0", "1000_1", "1000_2"])
+    assert supply(now)[0] == 3  # one's own cancelled workers would not be replaced
+    assert files.read_json(path)["ended"] == {}
+
+
+def test_a_try_that_ran_out_of_memory_and_is_made_again_with_more_is_no_crash(
+    idle: Scheduler, small: SweepConfig
+) -> None:
+    now = order(small, profile(workers=1, max_losses=1, mem_gb=1.0, max_mem_gb=4.0))
+    for task in rest(now).ready[:3]:
+        losses.note(task, losses.OUT_OF_MEMORY, "process 3", "")
+        assert losses.ask_for_more(task, now.profile, 1.0)
+    for _ in range(3):
+        assert supply(now)[0] >= 1
+        idle.rewrite(state="OUT_OF_MEMORY", history=["OUT_OF_MEMORY"])
+    count, crew = supply(now)
+    assert count >= 1
+    assert not crew.hopeless
+
+
+def test_a_cancelled_run_gets_no_more_workers(idle: Scheduler, small: SweepConfig) -> None:
     now = order(small, profile())
     orders.cancel(small)
     assert supply(now)[0] == 0

@@ -187,7 +187,7 @@ def test_a_second_sweep_at_once_shares_the_work(
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_S", "0.01")
     both = [start(profile), start(profile)]
-    outputs = [process.communicate(timeout=6000)[0] for process in both]
+    outputs = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert set(ran().values()) == {1}
 
@@ -207,6 +207,7 @@ def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number, output
     assert "Run the same command again" in output.splitlines()[-1]
+    assert not Order(small, profile, 1, 1.0).cancelled  # others who run it go on
     assert not list((config.runs_dir().parent / "store").rglob("claim.*"))
     assert not list((config.runs_dir().parent / "store").rglob("failed.*"))
     monkeypatch.setenv("FAKE_STEP_S", "0")

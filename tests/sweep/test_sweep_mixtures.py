@@ -1,6 +1,7 @@
 """Mixtures of pools as sources: shares kept exactly, subsets nested, nothing twice, nothing silently less."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,12 @@ def prepared(sweep: SweepConfig) -> Plan:
         if task.kind == "prepare":
             prepare(task.spec)  # type: ignore[arg-type]
     return expand(sweep)
+
+
+def test_a_part_whose_path_says_mix_is_no_mixture(tmp_path: Path) -> None:
+    (tmp_path / "mixed").mkdir()
+    sweep = load(f"sources.web={tmp_path}/mixed", "sources.both.mix={digits: 0.5, web: 0.5}")
+    assert set(sweep.sources["both"]["mix"]) == {"digits", "web"}
 
 
 def test_a_mixture_waits_for_its_pools_and_then_draws_its_shares() -> None:

@@ -94,6 +94,21 @@ def test_a_store_of_newer_code_is_refused(home: Path) -> None:
         store.open_store()
 
 
+def test_check_leaves_what_is_published_while_it_looks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.publish(make(2), take(make(2)), {"value": 1})
+    later, leaves = make(3), store._leaves
+
+    def look(folder: Path) -> list[Path]:
+        found = list(leaves(folder))
+        if folder.name == later.kind and later not in Done():
+            store.publish(later, take(later), {"value": 1})
+        return found
+
+    monkeypatch.setattr(store, "_leaves", look)
+    assert store.check() == []
+    assert later in Done()
+
+
 def test_check_makes_the_index_anew(home: Path) -> None:
     kept, lost, torn = make(2), make(3), make(4)
     for task in (kept, lost, torn):

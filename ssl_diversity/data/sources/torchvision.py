@@ -21,6 +21,7 @@ from ssl_diversity.config import Config, hint
 from ssl_diversity.data.sources import paths
 from ssl_diversity.data.sources.base import Item, Part, Source
 from ssl_diversity.data.sources.listing import FilePart, Listing, file_parts, list_files
+from ssl_diversity.data.table import as_bytes
 from ssl_diversity.errors import UserError
 
 Arguments = Mapping[str, Any]  # of a constructor
@@ -209,13 +210,16 @@ def _write_pixels(dataset: Any, path: Path) -> NDArray[np.int64]:
     """All images of a dataset to a uint8 (n, H, W, 3) .npy file; their classes."""
     shape = (len(dataset), *np.asarray(dataset[0][0].convert("RGB")).shape)
     labels = np.full(len(dataset), -1)
-    with files.replacing(path) as temporary:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
         for i in range(len(dataset)):
             image, label = dataset[i]
-            pixels[i] = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image.convert("RGB"))
+            if pixels.shape != shape[1:]:
+                raise UserError(f"{path}: image {i} has another size than the first; fetch the set again")
+            file.write(as_bytes(pixels, np.uint8))  # not into a map: on a full disk that is a SIGBUS
             labels[i] = -1 if label is None else label
-        pixels.flush()
     return labels
 
 

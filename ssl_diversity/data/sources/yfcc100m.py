@@ -148,11 +148,13 @@ def _part(root: Path, stamp: int, listing: Listing) -> PhotoPart:
 
 
 def _block_part(tar: Path, wanted: set[str]) -> PhotoPart:
-    lister = Lister()
+    """The photos wanted of a block, each once: a tar of earlier versions may hold some twice."""
+    lister, left = Lister(), set(wanted)
     for member in members(tar):
-        if member.name.removesuffix(".jpg") in wanted:
+        name = member.name.removesuffix(".jpg")
+        if name in left:
+            left.remove(name)
             lister.add(member.name, member.size, member.offset)
-    listing = lister.finish()
-    if len(listing) < len(wanted):
+    if left:
         raise truncated(tar)
-    return _part(tar, tar.stat().st_mtime_ns, listing)
+    return _part(tar, tar.stat().st_mtime_ns, lister.finish())

@@ -18,7 +18,7 @@ from typing import Any
 from ssl_diversity import files
 from ssl_diversity.data.remote import Client, FetchError
 from ssl_diversity.data.sources.tars import Archive, members
-from ssl_diversity.data.writer import reporting_full_disk
+from ssl_diversity.data.writer import locked, reporting_full_disk
 from ssl_diversity.data.yfcc.index import Index
 from ssl_diversity.errors import Interrupted, UserError
 from ssl_diversity.runtime import Runtime
@@ -26,6 +26,7 @@ from ssl_diversity.runtime import Runtime
 BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com"  # of the Multimedia Commons, public
 BLOCK = 1000  # photos of a tar
 _BLOCKS_AT_ONCE = 4  # so that the connections have work while the last photos of a block are waited for
+_LOCKS = 64  # files for the locks of all blocks
 _HOPELESS = 200  # failures without one success, after which it is the address that is wrong
 _IMAGE_HEADS = (b"\xff\xd8", b"\x89PNG", b"GIF8")
 LATE = "not fetched yet"
@@ -172,7 +173,11 @@ class _Fetcher:
     failed: Counter[str] = field(default_factory=Counter)  # by cause
 
     def fetch(self, block: int) -> None:
-        """Fetch what a block lacks. Its tar is written anew if anything came, then its record."""
+        """Fetch what a block lacks, unless another process is about it. Its tar is written anew, then its record."""
+        with locked(self.folder.path / "blocks" / f"{block % _LOCKS:02d}", self.runtime):
+            self._fetch(block)
+
+    def _fetch(self, block: int) -> None:
         lacks = self.folder.missing(block)
         self._count(len(self.folder.names(block)) - len(lacks))
         if not lacks:
@@ -181,9 +186,12 @@ class _Fetcher:
         new = self._photos(list(lacks), failed)
         first = next(new, None)
         if first is not None:
-            path = self.folder.tar(block)
+            path, written = self.folder.tar(block), set[str]()
             with files.replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
                 for name, data in itertools.chain(_photos(path), [first], new):
+                    if name in written:
+                        continue  # a kill came between a tar and its record
+                    written.add(name)
                     member = tarfile.TarInfo(f"{name}.jpg")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_diversity import files
+from ssl_diversity.data.table import as_bytes
 from ssl_diversity.data.writer import locked, reporting_full_disk
 from ssl_diversity.data.yfcc.metadata import Tally, read
 from ssl_diversity.errors import Interrupted, UserError
@@ -105,7 +106,7 @@ def open_index(paths: Sequence[Path], draw: int, runtime: Runtime = Runtime()) -
             files.write_json(
                 folder / "index.json", {"digest": digest, "counts": counts, "malformed": malformed}
             )
-            shutil.rmtree(work)
+        shutil.rmtree(folder / "work", ignore_errors=True)  # of now, or of a run that was killed doing so
         return Index.load(folder)
 
 
@@ -149,8 +150,8 @@ class _Reading:
         digests = b"".join(blake2b(photo, digest_size=8, key=key).digest() for photo in photos)
         keys = np.frombuffer(digests, ">u8").astype(_KEY)
         order = np.argsort(keys)
-        np.array(photos, _DTYPE)[order].tofile(self.work / f"{name}.photos")
-        keys[order].tofile(self.work / f"{name}.keys")
+        (self.work / f"{name}.photos").write_bytes(as_bytes(np.array(photos, _DTYPE)[order], _DTYPE))
+        (self.work / f"{name}.keys").write_bytes(as_bytes(keys[order], _KEY))
 
     def _tell(self, number: int, share: float, photos: int) -> None:
         with self.lock:
