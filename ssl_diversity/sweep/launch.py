@@ -83,14 +83,11 @@ def run(
                 if not on_slurm:
                     crew.stop()
                 raise
-        if stopped:
-            now = status.snapshot(current.plan, **order.limits)
-            console.print(f"{sweep.name}: stopped; {now.words}. Run the same command again to go on.")
-            return 128 + stopped[0]
-        if order.cancelled:
-            now = status.snapshot(current.plan, **order.limits)
-            console.print(f"{sweep.name}: cancelled; {now.words}. Run the same command again to go on.")
-            return 1
+        now = status.snapshot(current.plan, **order.limits)
+        if stopped or (order.cancelled and not now.complete):
+            how = "stopped" if stopped else "cancelled"
+            console.print(f"{sweep.name}: {how}; {now.words}. Run the same command again to go on.")
+            return 128 + stopped[0] if stopped else 1
         if crew.hopeless and crew.told:
             console.print(f"{sweep.name}: {crew.told}")
     return _finish(remember(sweep, ended=True, tell=tell), current, order, console, with_report)
