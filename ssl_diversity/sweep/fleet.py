@@ -33,6 +33,8 @@ LOCK_STALE_S = 120.0
 LOOKED = "looked"  # touched whenever somebody looks after the number of workers
 LOCK_WAIT_S = 0.2
 JUST_SENT_S = 3.0  # until squeue knows a job for sure
+ASIDE = "over-"  # folders of records that say nothing more, by when their run began
+COUNTED = losses.CRASHED | {"CANCELLED"}  # ends that bear on how many workers are sent
 HELD = re.compile(r"launch.failed|requeued.in.held|JobHeldAdmin", re.IGNORECASE)  # not by the user
 
 Work = Callable[[Order, int], Callable[[], Any]]  # a worker, from its order and its number
@@ -207,8 +209,12 @@ class Slurm:
 
     def _records(self, there: Iterable[str]) -> list[dict[str, Any]]:
         """Of the arrays of this run, with how their elements ended: asked once, so that those that were cancelled or
-        crashed are not replaced for ever. Records of earlier runs that are over are dropped."""
+        crashed are not replaced for ever. Those whose elements all ended well say nothing more and are put aside (with
+        a job for each task they are thousands), those of earlier runs that are over are dropped."""
         alive, records = set(there), []
+        for aside in self.folder.glob(f"{ASIDE}*"):
+            if float(aside.name.removeprefix(ASIDE)) < self.order.since:
+                shutil.rmtree(aside, ignore_errors=True)
         for path in sorted(self.folder.glob("[0-9]*.json")):
             record = files.read_json(path)
             if record.get("uid", os.getuid()) != os.getuid():
@@ -224,10 +230,16 @@ class Slurm:
                     i: told.get(names[i]) or slurm.state(names[i]) or "UNKNOWN" for i in open_
                 }
                 files.write_json(path, record)
-            if record["since"] >= self.order.since:
+            is_over = len(record["ended"]) == record["count"]
+            if record["since"] < self.order.since:
+                if is_over:
+                    path.unlink(missing_ok=True)
+            elif is_over and COUNTED.isdisjoint(record["ended"].values()):
+                aside = self.folder / f"{ASIDE}{record['since']!r}"
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
+            else:
                 records.append(record)
-            elif len(record["ended"]) == record["count"]:
-                path.unlink(missing_ok=True)
         return records
 
     # Sending

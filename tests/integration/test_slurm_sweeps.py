@@ -60,7 +60,7 @@ def test_fifty_jobs_within_small_limits(cluster: Cluster, tmp_path: Path) -> Non
     assert set(executed(home).values()) == {1}
     assert len(executed(home)) >= 45
     assert most <= 10
-    records = [json.loads(path.read_text()) for path in (home / "runs/quickstart/jobs").glob("*.json")]
+    records = [json.loads(path.read_text()) for path in (home / "runs/quickstart/jobs").rglob("[0-9]*.json")]
     assert max(record["count"] for record in records) <= 8
     assert sum(record["count"] for record in records) >= 45
 
@@ -175,7 +175,8 @@ def test_a_task_that_needs_more_memory_gets_it(cluster: Cluster, tmp_path: Path)
     assert loss["cause"] == "out of memory"
     assert "1 out of memory" in run(home, "status", "quickstart").stdout
     sizes = [
-        json.loads(path.read_text())["mem_gb"] for path in (home / "runs/quickstart/jobs").glob("*.json")
+        json.loads(path.read_text())["mem_gb"]
+        for path in (home / "runs/quickstart/jobs").rglob("[0-9]*.json")
     ]
     assert {size or 0.5 for size in sizes} == {0.5, 1.0}
 

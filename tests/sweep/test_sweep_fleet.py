@@ -231,6 +231,20 @@ def test_workers_that_crash_are_replaced_a_bounded_number_of_times(
     assert "6 workers of class main ended in the middle of their work" in crew.told
 
 
+def test_arrays_that_ended_well_are_not_read_again(idle: Scheduler, small: SweepConfig) -> None:
+    now, jobs = order(small, profile(workers=2)), small.folder / "jobs"
+    supply(now)
+    idle.rewrite(state="COMPLETED", history=["COMPLETED"])
+    assert supply(now)[0] == 2
+    slurm.cancel(["1001_0"])
+    idle.rewrite(state="CANCELLED", history=["CANCELLED"])
+    supply(now)
+    assert [path.name for path in sorted(jobs.glob("*.json"))] == ["1001.json"]
+    assert [path.name for path in jobs.glob("over-*/*")] == ["1000.json"]
+    supply(order(small, profile(workers=2)))
+    assert not list(jobs.glob("over-*"))
+
+
 def test_who_leaves_is_not_counted_and_is_replaced(idle: Scheduler, small: SweepConfig) -> None:
     now = order(small, profile(workers=2))
     supply(now)
