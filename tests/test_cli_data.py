@@ -122,7 +122,7 @@ def test_a_dry_run_stands_what_prepare_drops(user: Path, capsys: pytest.CaptureF
 )
 def test_numbers_have_bounds(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *words]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    assert f"Invalid value for '{words[-2]}'" in capsys.readouterr().err
 
 
 def test_a_dry_run_downloads_nothing(user: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
