@@ -75,8 +75,8 @@ def profile(
         counts = _counts(at_once)
     if picture is not None:
         step_figure.check(picture)
+    os.environ.update(profile.environment)  # as workers have it, before torch is imported
     chosen = chosen_device(profile.device)
-    os.environ.update(profile.environment)  # as workers have it
     cells = _cells("quickstart" if "=" in sweep else sweep, texts, profile)
     if counts:
         return _at_once(cells, profile, chosen, counts, as_json)

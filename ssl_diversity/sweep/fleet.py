@@ -252,9 +252,8 @@ class Slurm:
             own = self.profile.of(name)
             bad = sum(n for (of, end), n in ends.items() if of == name and end in losses.CRASHED)
             room = own.workers - ends[name, "CANCELLED"]
-            excused = sum(
-                len(lost.keys(kind)) for kind in kinds
-            )  # tasks with more memory after each of these
+            marked = sum(len(lost.keys(kind)) for kind in kinds)
+            excused = min(ends[name, "OUT_OF_MEMORY"], marked)  # made again with more memory
             if bad > self.profile.max_losses * own.workers + excused:
                 self.told = f"{bad} workers of class {name} ended in the middle of their work; see `logs`, {self.order.sweep.folder / 'logs'}"
                 room = 0

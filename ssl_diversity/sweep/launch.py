@@ -54,6 +54,8 @@ def run(
         flops.count_missing(sweep, lambda text: console.print(f"{sweep.name}: {text}"))
     current = Current(sweep, skip)
     check_cache(current.plan, profile)
+    if not status.snapshot(current.plan).complete:
+        check_gpus(profile)
     profile = sharing.settled(profile, current.plan)
 
     def tell(text: str) -> None:
@@ -109,12 +111,8 @@ def join(sweep: SweepConfig, console: Console) -> None:
 
 
 def reach(profile: Profile) -> None:
-    """Make the commands of the profile's cluster answer.
-
-    UserError where there are none, and where torch has no use for the GPUs that workers are to have.
-    """
+    """Make the commands of the profile's cluster answer; UserError where there are none."""
     if not isinstance(profile, SlurmProfile):
-        runtime.require_gpu(profile.device)
         return
     if profile.conf:
         conf = os.path.expanduser(os.path.expandvars(profile.conf))
@@ -127,8 +125,15 @@ def reach(profile: Profile) -> None:
         raise UserError(
             "executor=slurm: no sbatch on this machine; run on a login node or use --profile local"
         )
-    for name in profile.classes_of_workers:
-        profile.of(name).require_torch()
+
+
+def check_gpus(profile: Profile) -> None:
+    """Raise UserError where torch has no use for the GPUs that workers are to have."""
+    if isinstance(profile, SlurmProfile):
+        for name in profile.classes_of_workers:
+            profile.of(name).require_torch()
+    else:
+        runtime.require_gpu(profile.device)
 
 
 def check_cache(plan: Plan, profile: Profile) -> None:
@@ -191,7 +196,7 @@ def _watch(
     name, profile = order.sweep.name, order.profile
     where = estimate.place(profile)
     meter, count, hint = status.Meter(), 0, ""
-    watching, done = status.Watch(**order.limits), Done()
+    watching, done, on_slurm = status.Watch(**order.limits), Done(), isinstance(profile, SlurmProfile)
     told, told_at, signalled, asked_at = "", time.monotonic(), False, float("-inf")
     live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
     with live or contextlib.nullcontext():
@@ -203,8 +208,9 @@ def _watch(
                 done.refresh()
                 if current.refresh(done) is not plan:
                     continue  # what it waited for has appeared between the two looks
-            if stopped and not signalled and crew is not None:
-                if isinstance(profile, SlurmProfile):
+            if stopped and crew is not None and not (signalled and on_slurm):
+                # here again and again: submitit drops what a worker is told before it works
+                if on_slurm:
                     orders.cancel(order.sweep, everybody=False)
                 with contextlib.suppress(slurm.NoAnswer):  # then they find by themselves that they are to end
                     crew.stop()

@@ -89,8 +89,11 @@ class Order:
     @property
     def superseded(self) -> bool:
         """Whether a later run with other tasks has taken over the workers of this one."""
-        later = newer(self)
-        return later is not self and (_asked(later) != _asked(self))
+        with contextlib.suppress(OSError, UserError):
+            later = latest(self.sweep.folder)
+            alike = later.profile.executor == self.profile.executor
+            return alike and later.since > self.since and _asked(later) != _asked(self)
+        return False
 
 
 def cancel(sweep: SweepConfig, *, everybody: bool = True) -> None:

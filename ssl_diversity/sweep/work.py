@@ -41,7 +41,12 @@ class Worker:
 
     def __call__(self) -> None:
         again = signal.getsignal(signal.SIGUSR2)  # submitit's: saves the job and asks for a requeue
-        order = orders.newer(self.order) if isinstance(self.order.profile, SlurmProfile) else self.order
+        order = self.order
+        if isinstance(order.profile, SlurmProfile):
+            order = orders.newer(order)
+            if order is self.order and order.superseded:
+                print(f"the latest run of {order.sweep.name} wants no such worker: leaving", flush=True)
+                return
         ranks, place = Ranks.current(), estimate.place(order.profile)
         self._take_gpus(ranks)
         with joined(ranks, ranks.place(device(order.profile.device)), _meeting()) as group:
@@ -184,6 +189,7 @@ class Run:
                         self._report(len(plan.cells))
                         done.refresh()
                         if not remaining.look(current.refresh(done), done).over:
+                            idle_since = time.monotonic()
                             continue  # failures were forgiven meanwhile
                     return
                 if plan is not before or self.neighbours.due():

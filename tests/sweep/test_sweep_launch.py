@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from slurm_helpers import Scheduler
@@ -215,6 +216,24 @@ def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
     assert "all 16 tasks are done" in again.communicate(timeout=600)[0]
 
 
+@pytest.mark.usefixtures("fakes")
+def test_a_signal_while_workers_start_is_not_lost(
+    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.2")
+    process = start(profile)
+
+    def starting() -> bool:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return any("submitit.core._submit" in " ".join(child.cmdline()) for child in children)
+
+    wait_for(starting)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not status.snapshot(expand(small)).complete
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fakes")
 def test_killed_with_its_whole_group_it_goes_on_at_once(
@@ -381,5 +400,5 @@ def test_a_cluster_with_gpus_that_this_torch_cannot_use_is_told_before_any_work(
         launch.run(small, profile)
     told = [finding.text for finding in check(profile) if finding.level == "wrong"]
     assert any("this build of torch" in text for text in told)
-    launch.reach(profile.model_copy(update={"python": "/opt/gpu/bin/python"}))  # whose torch is another
-    launch.reach(profile.model_copy(update={"device": "auto"}))
+    launch.check_gpus(profile.model_copy(update={"python": "/opt/gpu/bin/python"}))  # whose torch is another
+    launch.check_gpus(profile.model_copy(update={"device": "auto"}))

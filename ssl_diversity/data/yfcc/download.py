@@ -26,7 +26,7 @@ from ssl_diversity.runtime import Runtime
 BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com"  # of the Multimedia Commons, public
 BLOCK = 1000  # photos of a tar
 _BLOCKS_AT_ONCE = 4  # so that the connections have work while the last photos of a block are waited for
-_LOCKS = 64  # files for the locks of all blocks
+_LOCKS = 4093  # files for the locks of all blocks; a prime, so that those of a `share` have different ones
 _HOPELESS = 200  # failures without one success, after which it is the address that is wrong
 _IMAGE_HEADS = (b"\xff\xd8", b"\x89PNG", b"GIF8")
 LATE = "not fetched yet"
@@ -174,7 +174,7 @@ class _Fetcher:
 
     def fetch(self, block: int) -> None:
         """Fetch what a block lacks, unless another process is about it. Its tar is written anew, then its record."""
-        with locked(self.folder.path / "blocks" / f"{block % _LOCKS:02d}", self.runtime):
+        with locked(self.folder.path / "blocks" / f"{block % _LOCKS:04d}", self.runtime):
             self._fetch(block)
 
     def _fetch(self, block: int) -> None:
