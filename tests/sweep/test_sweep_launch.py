@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
 from slurm_helpers import Scheduler
@@ -216,21 +215,27 @@ def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
     assert "all 16 tasks are done" in again.communicate(timeout=600)[0]
 
 
-@pytest.mark.usefixtures("fakes")
-def test_a_signal_while_workers_start_is_not_lost(
-    small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("fakes", "pools")
+def test_workers_are_told_to_stop_until_they_do(
+    small: SweepConfig, profile: LocalProfile, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_STEP_S", "0.2")
-    process = start(profile)
+    """Submitit keeps a signal from a worker that is not yet at work."""
+    stop, told = fleet.Local.stop, []
 
-    def starting() -> bool:
-        children = psutil.Process(process.pid).children(recursive=True)
-        return any("submitit.core._submit" in " ".join(child.cmdline()) for child in children)
+    def lost_twice(crew: fleet.Local) -> None:
+        told.append(1)
+        if len(told) > 2:
+            stop(crew)
 
-    wait_for(starting)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    def interrupt() -> None:
+        wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fleet.Local, "stop", lost_twice)
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+    threading.Thread(target=interrupt, daemon=True).start()
+    code = launch.run(small, profile, with_report=False, console=console)
+    assert code == 128 + signal.SIGTERM
     assert not status.snapshot(expand(small)).complete
 
 
