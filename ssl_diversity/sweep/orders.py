@@ -89,11 +89,8 @@ class Order:
     @property
     def superseded(self) -> bool:
         """Whether a later run with other tasks has taken over the workers of this one."""
-        with contextlib.suppress(OSError, UserError):
-            later = latest(self.sweep.folder)
-            alike = later.profile.executor == self.profile.executor
-            return alike and later.since > self.since and _asked(later) != _asked(self)
-        return False
+        later = _later(self)
+        return later is not None and _asked(later) != _asked(self)
 
 
 def cancel(sweep: SweepConfig, *, everybody: bool = True) -> None:
@@ -158,12 +155,19 @@ def newer(order: Order) -> Order:
 
     So that a run with more cells finds workers, and those of an earlier run go on with it.
     """
+    found = _later(order)
+    if found is not None and order.worker_class in found.profile.classes_of_workers:
+        return found.of(order.worker_class, order.mem_gb)
+    return order
+
+
+def _later(order: Order) -> Order | None:
+    """The latest run of the order's sweep, where that began after it and runs where it does."""
     with contextlib.suppress(OSError, UserError):
         found = latest(order.sweep.folder)
-        alike = found.profile.executor == order.profile.executor
-        if alike and found.since > order.since and order.worker_class in found.profile.classes_of_workers:
-            return found.of(order.worker_class, order.mem_gb)
-    return order
+        if found.profile.executor == order.profile.executor and found.since > order.since:
+            return found
+    return None
 
 
 class Current:

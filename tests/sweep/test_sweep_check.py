@@ -7,7 +7,10 @@ import pytest
 from slurm_helpers import Scheduler
 
 from ssl_diversity.cli import main
+from ssl_diversity.errors import UserError
+from ssl_diversity.sweep import launch
 from ssl_diversity.sweep.check import FINE, NOTE, WRONG, check
+from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
 
 
@@ -133,3 +136,16 @@ def test_the_command_fails_where_something_is_wrong(
     path.write_text("executor: slurm\nworkers: 2\ntime_min: 60\ndevice: cpu\npartition: nope\n")
     assert main(["launch", "check", str(path)]) == 1
     assert "wrong workers: partition=nope: " in capsys.readouterr().out
+
+
+def test_a_cluster_with_gpus_that_this_torch_cannot_use_is_told_before_any_work(
+    small: SweepConfig, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    where = SlurmProfile(executor="slurm", workers=1, time_min=10, device="cuda", gpus=1)
+    with pytest.raises(UserError, match="this build of torch has no support for GPUs"):
+        launch.run(small, where)
+    told = [finding.text for finding in check(where) if finding.level == "wrong"]
+    assert any("this build of torch" in text for text in told)
+    launch.check_gpus(where.model_copy(update={"python": "/opt/gpu/bin/python"}))  # whose torch is another
+    launch.check_gpus(where.model_copy(update={"device": "auto"}))

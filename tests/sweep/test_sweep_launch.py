@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from slurm_helpers import Scheduler
 
 from ssl_diversity.errors import UserError
 from ssl_diversity.sweep import config, fleet, launch, status
-from ssl_diversity.sweep.check import check
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Order
 from ssl_diversity.sweep.plan import expand
@@ -394,16 +392,3 @@ def test_a_gpu_that_is_not_there_is_told_before_any_work(
     with pytest.raises(UserError, match="device=cuda: torch finds no GPU here"):
         launch.run(small, profile.model_copy(update={"device": "cuda"}))
     assert not small.folder.exists()
-
-
-def test_a_cluster_with_gpus_that_this_torch_cannot_use_is_told_before_any_work(
-    small: SweepConfig, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
-    profile = SlurmProfile(executor="slurm", workers=1, time_min=10, device="cuda", gpus=1)
-    with pytest.raises(UserError, match="this build of torch has no support for GPUs"):
-        launch.run(small, profile)
-    told = [finding.text for finding in check(profile) if finding.level == "wrong"]
-    assert any("this build of torch" in text for text in told)
-    launch.check_gpus(profile.model_copy(update={"python": "/opt/gpu/bin/python"}))  # whose torch is another
-    launch.check_gpus(profile.model_copy(update={"device": "auto"}))
