@@ -113,7 +113,7 @@ def test_preempted_after_a_warning(cluster: Cluster, struck: dict[str, Struck]) 
 
 def test_time_limit_after_a_warning(cluster: Cluster, struck: dict[str, Struck]) -> None:
     job = struck["late"]
-    assert cluster.wait_over(job.name) == "TIMEOUT"
+    assert cluster.wait_over(job.name, 150) == "TIMEOUT"
     assert job.lines.index("told") < job.lines.index("ended")
     assert cluster.job(job.name)["Reason"] == "TimeLimit"
 
