@@ -89,7 +89,7 @@ def test_in_single_precision_loss_curves_are_equal_within_a_thousandth(
     alone: Any, two: Any, case: str
 ) -> None:
     expected, found = alone[case][0], two[0]["trained"][case][0]
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=2e-3)
 
 
@@ -190,8 +190,8 @@ def test_ranks_that_do_not_meet_say_where_and_why(tmp_path: Path, announced: str
     why = "nobody answers at 127.0.0.1, port 9" if announced else "rank 0 has not written it"
     with pytest.raises(UserError, match=f"{meeting}: {why}"), joined(Ranks(1, 2), "cpu", meeting, 0.5):
         pass
-    alone = joined(Ranks(0, 2), "cpu", meeting, 1)
-    with pytest.raises(UserError, match=f"no other rank came to {meeting} in 1 s"), alone:
+    alone = joined(Ranks(0, 2), "cpu", meeting, 4)
+    with pytest.raises(UserError, match=f"no other rank came to {meeting} in 4 s"), alone:
         pass
 
 

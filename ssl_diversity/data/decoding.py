@@ -28,6 +28,7 @@ _LEAST_RUN_BYTES = 16 << 20
 _AHEAD = 2  # parts handed out to each process
 _TICK_ITEMS = 64  # images from one look at `stop` to the next
 _POLL_S = 0.5
+_TOLD_S = 2.0  # from one process of a job being told to end to the next
 _RUNS_FORMAT = 1  # raised where older finished parts must not be reused
 _DECIDING = {"resize", "size", "filter", "codec", "quality", "seed", "near_duplicates"}
 
@@ -205,6 +206,8 @@ def _mapped(
         else:
             yield from _mapped_to_others(decoder, parts, processes, runtime, report)
     except BrokenProcessPool:
+        if _is_told_to_stop(runtime):
+            raise _stopped() from None
         raise UserError(
             f"a worker process was killed (out of memory?) while preparing; use fewer than processes={processes}"
             " or a smaller memory_bytes, and run it again: finished parts are kept"
@@ -264,6 +267,14 @@ def _mapped_to_others(
         executor.shutdown(cancel_futures=True)
 
 
+def _is_told_to_stop(runtime: Runtime) -> bool:
+    """Also when a scheduler's signal to all processes has ended a worker first."""
+    until = time.monotonic() + _TOLD_S
+    while not runtime.stop() and time.monotonic() < until:
+        time.sleep(_POLL_S)
+    return runtime.stop()
+
+
 def _stopped() -> Interrupted:
     return Interrupted("stopped while preparing; finished parts are kept")
 
@@ -274,9 +285,11 @@ _tick: Tick
 
 
 def _begin(stop: Any, done: Any) -> None:
-    """Ctrl-C is the parent's to answer. A worker whose parent was killed ends too, instead of waiting for ever."""
+    """Ctrl-C and the warning of a scheduler are the parent's to answer; SIGTERM is how the pool ends its workers. A
+    worker whose parent was killed ends too, instead of waiting for ever."""
     global _tick
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -110,6 +110,11 @@ class Stream:
         self._write([block])
 
     def _write(self, blocks: Sequence[Block]) -> _Piece:
+        piece = _Piece(True, len(blocks), blocks[0].number)
+        images_there, known = (self.folder / f"{piece.name}{suffix}" for suffix in (".bin", ".npz"))
+        if images_there.exists() and known.exists():  # somebody was faster, and others may be reading it
+            self._note(piece)
+            return piece
         assert all(block.images is not None for block in blocks)
         images = [image for block in blocks for image in block.images or ()]
         rows = np.concatenate([block.rows for block in blocks])
@@ -120,10 +125,9 @@ class Stream:
         about = json.dumps([block.about for block in blocks])
         near = {name: np.concatenate([block.near[name] for block in blocks]) for name in NEAR}
         np.savez(buffer, rows=rows, about=np.frombuffer(about.encode(), np.uint8), **near)  # type: ignore[arg-type]
-        piece = _Piece(True, len(blocks), blocks[0].number)
-        (self.folder / f"{piece.name}.npz").unlink(missing_ok=True)  # it tells of images that are gone
-        files.write_atomic(self.folder / f"{piece.name}.bin", b"".join(images))
-        files.write_atomic(self.folder / f"{piece.name}.npz", buffer.getvalue())
+        known.unlink(missing_ok=True)  # it tells of images that are gone
+        files.write_atomic(images_there, b"".join(images))
+        files.write_atomic(known, buffer.getvalue())
         self._note(piece)
         return piece
 

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import signal
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +30,7 @@ class Surroundings(Protocol):
 
     group: Group
     stop: Event
-    signal: int
+    signals: list[int]
     log: str
     place: str
     clock: Clock
@@ -153,7 +152,7 @@ class Attempts:
 
     def _interrupted(self, task: Task, claim: Claim) -> None:
         """A task that reached the time limit without a state to go on from would do so for ever: that counts."""
-        late = self.worker.signal == signal.SIGUSR2 and self.worker.clock.over()
+        late = bool(self.worker.signals) and self.worker.clock.over()
         if late and task.kind not in RESUMED:
             self._give_back(task, claim, "time limit")
         else:

@@ -72,11 +72,13 @@ def live() -> list[Job]:
     return jobs
 
 
-def running(job: str) -> bool:
-    """Whether a job is still meant to run: of one that was cancelled, SLURM ends that first. False if unknown."""
+def meant_to_run(job: str) -> bool | None:
+    """Whether a job that is told to end is to go on: not one that was cancelled or that SLURM itself starts again,
+    which it ends before it tells them; but one that was told to reach its time limit. None if unknown."""
     with contextlib.suppress(NoAnswer):
-        return bool(job) and ask("squeue", "--noheader", "--jobs", job, "--format=%T").strip() == "RUNNING"
-    return False
+        told, _, reason = ask("squeue", "--noheader", "--jobs", job, "--format=%T|%r").strip().partition("|")
+        return told in ("RUNNING", "SIGNALING") or (told == "COMPLETING" and reason == "TimeLimit")
+    return None
 
 
 def last_end(job: str) -> str:
@@ -160,8 +162,13 @@ def tell(jobs: Sequence[str], signal: str) -> None:
 
 
 def _scancel(jobs: Sequence[str], *options: str) -> None:
+    """Of jobs that have ended meanwhile it says nothing, but exits with 1, having done its work on the others."""
     for first in range(0, len(jobs), 100):
-        ask("scancel", *options, *jobs[first : first + 100])
+        try:
+            ask("scancel", "--quiet", *options, *jobs[first : first + 100])
+        except NoAnswer as error:
+            if str(error) != "scancel: exit 1":
+                raise
 
 
 def cancel_quietly(job: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Worker:
 
     def __call__(self) -> None:
         again = signal.getsignal(signal.SIGUSR2)  # submitit's: saves the job and asks for a requeue
+        told: list[int] = []  # before it can stop; submitit lets this signal pass
+        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
         order = self.order
         if isinstance(order.profile, SlurmProfile):
             order = orders.newer(order)
@@ -50,7 +53,7 @@ class Worker:
         ranks, place = Ranks.current(), estimate.place(order.profile)
         self._take_gpus(ranks)
         with joined(ranks, ranks.place(device(order.profile.device)), _meeting()) as group:
-            run = Run(order, group, place)
+            run = Run(order, group, place, told)
             if not group.first:
                 return run.follow()
             run.lead()
@@ -85,6 +88,8 @@ class Worker:
                     again(signal.SIGUSR2, None)  # ends the process
                 except Exception as error:
                     print(f"not requeued: {error}", flush=True)
+                    if slurm.meant_to_run(claims.this_job()) is False:
+                        return  # it was after all, or somebody cancelled it
             if run.successor(profile) or time.monotonic() + wait_s > until:
                 return
             time.sleep(wait_s)
@@ -94,10 +99,13 @@ class Worker:
 class Run:
     """What one rank of a worker does between its start and its end."""
 
-    def __init__(self, order: Order, group: Group | None = None, place: str = "") -> None:
+    def __init__(
+        self, order: Order, group: Group | None = None, place: str = "", told: Sequence[int] = ()
+    ) -> None:
+        """`told` are signals that came before; more may be added until it works."""
         self.group, self.place = group or Group(), place or estimate.place(order.profile)
         self.libraries = Libraries(order, self.place)
-        self.signal = 0
+        self.told, self.signals = told, list[int]()
         self.unfinished = False  # whether it ends with work left that it has no time for
         self.share_done = False  # whether it ends because it has done as many tasks as it may
         self.stayed = 0  # how often it was idle for `linger_s` and nobody else could be sent
@@ -124,16 +132,18 @@ class Run:
             finally:
                 with contextlib.suppress(PeerLost):
                     self.group.tell(None)
-        return self.signal
+        return self.signals[-1] if self.signals else 0
 
     @property
     def comes_back(self) -> bool:
         """Whether its work is to be gone on with in its place: not that of a job that was cancelled."""
         if orders.newer(self.order).cancelled:
             return False
-        if self.signal == signal.SIGTERM and isinstance(self.profile, SlurmProfile):
-            return slurm.running(claims.this_job())
-        return self.unfinished or self.signal == signal.SIGUSR2
+        warned = signal.SIGUSR2 in self.signals
+        if signal.SIGTERM in self.signals and isinstance(self.profile, SlurmProfile):
+            meant = slurm.meant_to_run(claims.this_job())
+            return warned if meant is None else meant
+        return self.unfinished or warned
 
     def follow(self) -> None:
         """Do what rank 0 says, until it has nothing more."""
@@ -154,6 +164,8 @@ class Run:
     @contextlib.contextmanager
     def _signals(self) -> Any:
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        for number in self.told:
+            self._on_signal(number, None)
         try:
             yield
         finally:
@@ -161,7 +173,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self.signals.append(number)
         self.stop.set()
 
     def _loop(self) -> None:

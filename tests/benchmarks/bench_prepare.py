@@ -142,6 +142,7 @@ def run(
         if kill_after is not None and finished_parts(home, name) >= kill_after * parts:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            _wait_for_group(process.pid)
             return None
         time.sleep(SAMPLE_S)
     said = process.communicate()[0]
@@ -150,6 +151,19 @@ def run(
     found = json.loads(said.splitlines()[-1])
     seconds = time.monotonic() - started
     return Outcome(seconds, peak, Path(found["folder"]), found["decode_s"], found["write_s"], found["note"])
+
+
+def _wait_for_group(group: int) -> None:
+    """Until none of a killed group is left: one may be in the middle of a system call."""
+
+    def alive(process: psutil.Process) -> bool:
+        try:
+            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    while any(map(alive, psutil.process_iter())):
+        time.sleep(0.01)
 
 
 def finished_parts(home: Path, name: str) -> int:

@@ -75,25 +75,68 @@ def test_a_killed_worker_and_ctrl_c_end_all_processes_and_keep_finished_parts(tm
     directory = recipes.resolve("digits").directory
     work = directory.with_name(f".{directory.name}.work")
 
-    def begun(parts: int) -> tuple[psutil.Process, list[psutil.Process]]:
+    def summaries() -> int:
+        return len(list(work.glob("*.json")))
+
+    def begun() -> tuple[psutil.Process, list[psutil.Process]]:
+        """A process that has begun, its workers having finished two parts more."""
+        there = summaries()
         command = [sys.executable, str(script), "2", NEVER]
         process = psutil.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        while len(list(work.glob("*.json"))) < parts and process.poll() is None:
+        while summaries() < there + 2 and process.poll() is None:
             time.sleep(0.002)
         workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) == 2
         return process, workers
 
-    process, workers = begun(2)
+    process, workers = begun()
     workers[0].kill()
     assert process.wait() == 1
     assert "UserError: a worker process was killed (out of memory?)" in process.stderr.read()
-    process, workers = begun(10)
+    process, workers = begun()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() != 0
     said = process.stderr.read()
     assert "KeyboardInterrupt" in said
     assert "SpawnProcess" not in said  # only the parent answers
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert not directory.exists()
+    assert verify(prepare(recipes.resolve("digits"))) == []
+
+
+TOLD = """
+import signal, sys, threading
+from ssl_diversity.data import prepare, recipes
+from ssl_diversity.errors import Interrupted
+from ssl_diversity.runtime import Runtime
+prepare._PART_ITEMS = 8
+stop = threading.Event()
+if __name__ == "__main__":
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        prepare.prepare(recipes.resolve("digits"), processes=2, runtime=Runtime(stop=stop.is_set))
+    except Interrupted as error:
+        sys.exit(f"Interrupted: {error}")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_scheduler_that_tells_all_processes_of_a_job_to_end_interrupts(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """SLURM signals a whole step: the processes that decode are told, too."""
+    script = tmp_path / "told.py"
+    script.write_text(TOLD)
+    directory = recipes.resolve("digits").directory
+    work = directory.with_name(f".{directory.name}.work")
+    process = subprocess.Popen(
+        [sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not list(work.glob("*.json")) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, number)
+    assert "Interrupted: stopped while preparing; finished parts are kept" in process.communicate()[1]
+    assert process.returncode == 1
     assert not directory.exists()
     assert verify(prepare(recipes.resolve("digits"))) == []

@@ -37,14 +37,14 @@ def client(**options: object) -> Client:
         (Fault("429", retry_after="1"), "429"),
         (Fault("cut", after=100_000), "cut"),
         (Fault("cut"), "cut"),
-        (Fault("stall", after=70_000, seconds=9), "timeout"),
+        (Fault("stall", after=70_000, seconds=30), "timeout"),
         (Fault("length"), "length"),
     ],
 )
 def test_what_helps_is_tried_again_and_counted(folder: Path, fault: Fault, cause: str) -> None:
     data = (folder / "a.tar").read_bytes()
     with FaultServer(folder, faults={"a.tar": [fault]}) as server:
-        fetching = client(timeout_s=1 if fault.kind == "stall" else 30)
+        fetching = client(timeout_s=5 if fault.kind == "stall" else 30)
         assert fetching.get(f"{server.url}/a.tar", expected_bytes=SIZE) == data
         assert fetching.retried() == {cause: 1}
 

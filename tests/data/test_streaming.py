@@ -66,7 +66,7 @@ def serve(near: Pool) -> Iterator[Callable[..., tuple[FaultServer, Pool]]]:
 
 
 def client() -> Client:
-    return Client(backoff_s=0.01, timeout_s=30, retries=6)
+    return Client(backoff_s=0.01, max_wait_s=0.1, timeout_s=30, retries=30)
 
 
 def whole(*pools: Pool) -> Subset:
@@ -311,7 +311,7 @@ def test_whole_shards_through_a_pipe(near: Pool, tmp_path: Path) -> None:
     reader.close()
     assert reader.counts["cache:bytes"] == sum(shard.bytes for shard in near.info.shards)
     shutil.rmtree(near.path / "shards")
-    with pytest.raises(UserError, match=r"pipe:cat .*given up after 7 tries"):
+    with pytest.raises(UserError, match=r"pipe:cat .*given up after 31 tries"):
         stream(pool, order, tmp_path / "other").read(np.arange(2))
 
 

@@ -42,6 +42,15 @@ def test_found_again_however_packed(tmp_path):
     assert 10 not in stream
 
 
+def test_who_comes_second_leaves_what_others_may_be_reading(tmp_path):
+    Stream(tmp_path / "s").add(block(0))
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "s").iterdir()}
+    second = Stream(tmp_path / "s")
+    second.add(block(0))
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "s").iterdir()} == before
+    same(next(second.blocks([0], near=True, images=True)), block(0))
+
+
 def test_what_pools_have_taken(tmp_path):
     stream = Stream(tmp_path / "s")
     for number in range(6):

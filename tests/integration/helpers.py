@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+LIMIT_S = 1500  # for what is to end by itself
 MEASURED_TIMES = ["train_seconds", "peak_memory_bytes", "samples_per_second"]
 
 
@@ -37,7 +38,7 @@ def run(home: Path, *arguments: str, status: int = 0) -> subprocess.CompletedPro
             capture_output=True,
             text=True,
             check=False,
-            timeout=1200,
+            timeout=LIMIT_S,
         )
     except subprocess.TimeoutExpired as late:
         told = [(text or b"").decode()[-4000:] for text in (late.stdout, late.stderr)]

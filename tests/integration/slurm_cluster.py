@@ -13,6 +13,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "slurm_dev.sh"
 NODES = 3
+OVER = {"CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,10 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def client(self, *command: str | Path, status: int = 0) -> str:
-        """What a SLURM command prints (both streams); its exit status must be `status`."""
+        """What a SLURM command prints, or where it is to fail what it complains of; its exit status must be `status`."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=120)
-        told = done.stdout + done.stderr
-        assert done.returncode == status, f"{command}: exit {done.returncode}\n{told}"
-        return told.strip()
+        assert done.returncode == status, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+        return (done.stderr if status else done.stdout).strip()
 
     def submit(self, *arguments: str | Path) -> str:
         """The id that sbatch gives."""
@@ -183,11 +183,20 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def settle(self) -> None:
-        """Until the controller has written down what it knows now; it may put that off while little happens."""
-        state, since = self.root / "state" / "job_state", time.time()
-        while not state.exists() or state.stat().st_mtime < since:
-            self.scancel(self.submit("-H", "-o", "/dev/null", "--wrap=true"))
-            time.sleep(0.5)
+        """Until the controller has written down what it knows now; it may put that off while little happens.
+
+        It writes first of jobs, then of nodes: once it writes of jobs again, it has of nodes.
+        """
+        state = self.root / "state" / "job_state"
+        for _ in range(2):
+            since = time.time()
+            while not state.exists() or state.stat().st_mtime < since:
+                self.scancel(self.submit("-H", "-o", "/dev/null", "--wrap=true"))
+                time.sleep(0.5)
+
+    def empty(self) -> None:
+        """Wait until no job is there."""
+        self.wait(lambda: not self.squeue(), 90, "no job is there")
 
     def kill_slurmctld(self) -> None:
         """kill -9 of the controller, which loses what it has not written down (`settle`), job ids included."""
@@ -195,7 +204,8 @@ class Cluster:
 
     def _kill(self, daemon: str) -> None:
         pid = self.pid(daemon)
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         while Path(f"/proc/{pid}/exe").exists():  # not so for a zombie
             time.sleep(0.01)
 
@@ -213,9 +223,14 @@ class Cluster:
 
     def wait_over(self, name: str, seconds: float = 60) -> str:
         """The state that a job ends in."""
-        unsettled = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"}
-        self.wait(lambda: self.job(name)["JobState"] not in unsettled, seconds, f"{name} is over")
-        return self.job(name)["JobState"]
+        states = [""]
+
+        def over() -> bool:
+            states.append(self.job(name)["JobState"])
+            return states[-1] in OVER
+
+        self.wait(over, seconds, f"{name} is over")
+        return states[-1]
 
 
 def _environments() -> Iterator[tuple[int, set[bytes]]]:

@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import environment
+from helpers import LIMIT_S, environment
 from slurm_cluster import Cluster
-
-LIMIT_S = 1500
 
 
 def profile(path: Path, cluster: Cluster | None, **more: object) -> Path:

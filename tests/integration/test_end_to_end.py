@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import comparable, equal_weights, labelled_folder, results, run, weights
+from helpers import LIMIT_S, comparable, equal_weights, labelled_folder, results, run, weights
 
 SMALL = ["sources=[digits,photo_patches]", "methods=[simclr,mae]", "unique_samples=[64,128]", "budget=512"]
 
@@ -96,6 +96,6 @@ def test_two_sweeps_at_once_share_the_work(swept: Path, tmp_path: Path) -> None:
         for _ in range(2)
     ]
     for process in both:
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, output
     assert equal_weights(home, swept)

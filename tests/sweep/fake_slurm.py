@@ -102,15 +102,9 @@ class Command:
                     job["number"] = job["array"] if len(waiting) == 1 else now["next"]
                     now["next"] += 1
                 job |= {"state": "RUNNING", "started": time.time(), "group": 0, "step": 0, "asked": ""}
+                fake = self.folder / "bin" / "fake"
                 job["runner"] = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-IS",
-                        self.folder / "bin" / "fake",
-                        "run",
-                        str(job["array"]),
-                        job["index"],
-                    ],
+                    [sys.executable, "-IS", fake, "run", str(job["array"]), job["index"]],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -340,6 +334,8 @@ class Command:
     def scancel(self, *words: str) -> None:
         given = _options(words, "state", "signal")
         with remembered(self.folder) as now:
+            live = [job for job in now["jobs"] if job["state"] in ("PENDING", "RUNNING")]
+            known = all(_named(live, name) for name in given["words"])
             for job in (job for name in given["words"] for job in _named(now["jobs"], name)):
                 if job["state"] not in ACTIVE or given.get("state", job["state"]) != job["state"]:
                     continue
@@ -351,6 +347,8 @@ class Command:
                 elif job["asked"] != "CANCELLED":
                     _stop(job, "CANCELLED")
             self.start_pending(now)
+        if not known:
+            _fail("" if "quiet" in given else f"scancel: {UNKNOWN}")
 
 
 def _stop(job: Job, word: str) -> None:

@@ -41,6 +41,18 @@ def dead_process() -> Process:
     return replace(this_process(), pid=child.pid)
 
 
+def test_a_slow_disk_is_no_clock_of_another_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Probe(type(tmp_path)):  # type: ignore[misc]
+        def touch(self) -> None:
+            super().touch()
+            time.sleep(0.6)
+
+    assert claims._skew_s(Probe(tmp_path), 0) == 0
+    ahead = time.time() + 3600
+    monkeypatch.setattr(Probe, "touch", lambda self: self.write_bytes(b"") or os.utime(self, (ahead, ahead)))
+    assert claims._skew_s(Probe(tmp_path), 1) == pytest.approx(3600, abs=60)
+
+
 def test_one_holds_it_until_it_lets_go(task: Path) -> None:
     first = claim(task, stale_s=STALE_S)
     assert first is not None

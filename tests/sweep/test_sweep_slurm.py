@@ -87,7 +87,7 @@ def test_what_is_said_of_the_last_element_is_not_said_of_its_array(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", last["index"])
     job = claims.this_job()
     assert claims.this_process().job == job == f"{array}_{last['index']}"
-    assert slurm.running(job)
+    assert slurm.meant_to_run(job)
     left_s = slurm.seconds_left(job)
     assert left_s is not None
     assert 280 < left_s <= 300
@@ -97,9 +97,21 @@ def test_what_is_said_of_the_last_element_is_not_said_of_its_array(
     while len(scheduler.active) == 3:
         time.sleep(0.02)
     assert slurm.last_end(job) == "CANCELLED"
-    assert not slurm.running(job)
+    assert slurm.meant_to_run(job) is False
     assert {found.state for found in slurm.live()} == {"RUNNING"}
     assert {found.name for found in slurm.live()} == {f"{array}_{i}" for i in range(3)} - {job}
+
+
+def test_those_that_ended_meanwhile_do_not_keep_others_from_being_cancelled(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    scheduler.change(slots=0)
+    array = sent(tmp_path, 102, "ours")
+    names = [job.name for job in slurm.live()]
+    slurm.cancel(names[:1])
+    slurm.cancel(names, pending_only=True)
+    assert slurm.live() == []
+    assert {slurm.last_end(f"{array}_{i}") for i in (0, 1, 101)} == {"CANCELLED"}
 
 
 def test_elements_that_wait_are_told_one_by_one_and_cancelled_by_what_they_carry(
@@ -167,7 +179,7 @@ def test_where_there_is_no_slurm_everything_has_a_default(
         slurm.live()
     assert slurm.largest_array() == 1001
     assert slurm.last_end("7") == ""
-    assert not slurm.running("7")
+    assert slurm.meant_to_run("7") is None
 
 
 def test_a_command_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,36 +138,82 @@ def test_a_signal_stops_it_and_frees_its_task(
 @pytest.mark.parametrize(
     ("case", "again"),
     [
-        ((signal.SIGUSR2, "RUNNING"), True),
-        ((signal.SIGTERM, "RUNNING"), True),
-        ((signal.SIGTERM, "COMPLETING"), False),  # cancelled
-        ((0, "RUNNING"), False),
+        (([signal.SIGUSR2], "RUNNING|None"), True),
+        (([signal.SIGTERM], "RUNNING|None"), True),
+        (([signal.SIGTERM], "SIGNALING|None"), True),
+        (([signal.SIGTERM], "COMPLETING|None"), False),  # cancelled
+        (([signal.SIGUSR2, signal.SIGTERM], "COMPLETING|None"), False),
+        (([signal.SIGTERM], "COMPLETING|TimeLimit"), True),
+        (([signal.SIGUSR2, signal.SIGTERM], "COMPLETING|TimeLimit"), True),
+        (([signal.SIGTERM, signal.SIGUSR2], "COMPLETING|TimeLimit"), True),
+        (([], "RUNNING|None"), False),
     ],
 )
 def test_slurm_gets_its_job_back_after_a_time_limit_or_a_preemption(
-    small: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[int, str], again: bool
+    small: SweepConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[list[int], str],
+    again: bool,
 ) -> None:
-    number, state = case
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho {state}\n")
+    signals, state = case
+    monkeypatch.setattr(work.Run, "lead", lambda run: run.signals.extend(signals))
+    assert bool(asked_for_a_requeue(small, tmp_path, monkeypatch, state)) == again
+
+
+def asked_for_a_requeue(
+    sweep: SweepConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, state: str, refused: bool = False
+) -> int:
+    """How often a worker asks submitit for it, of whose job squeue tells that `state`."""
+    squeue = folder / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '{state}'\n")
     squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setattr(work.Run, "lead", lambda run: setattr(run, "signal", number))
     asked: list[int] = []
-    before = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
+
+    def submitit(number: int, frame: Any) -> None:
+        asked.append(number)
+        if refused:
+            raise RuntimeError("Requested operation is presently disabled for job 4711")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, submitit)
     try:
-        order = Order(
-            small,
-            SlurmProfile(executor="slurm", workers=1, time_min=10, submit_patience_s=0.1),
-            1,
-            time.time(),
-        )
+        slurm = SlurmProfile(executor="slurm", workers=1, time_min=10, submit_patience_s=0.1)
+        order = Order(sweep, slurm, 1, time.time())
         orders.keep(order)
         Worker(order)()
     finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert bool(asked) == again
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return len(asked)
+
+
+@pytest.mark.parametrize(("state", "sent"), [("RUNNING|None", True), ("COMPLETING|None", False)])
+def test_another_worker_is_sent_where_slurm_refuses_unless_it_has_the_job_already(
+    small: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, sent: bool
+) -> None:
+    calls: list[SlurmProfile] = []
+    monkeypatch.setattr(work.Run, "lead", lambda run: run.signals.append(signal.SIGUSR2))
+    monkeypatch.setattr(work.Run, "successor", lambda run, profile: calls.append(profile) or True)
+    assert asked_for_a_requeue(small, tmp_path, monkeypatch, state, refused=True) == 1
+    assert bool(calls) == sent
+
+
+def test_a_signal_that_comes_before_it_works_is_not_lost(
+    small: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit lets SIGTERM pass, and importing torch takes its time."""
+    take = Worker._take_gpus
+
+    def told(worker: Worker, ranks: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        take(worker, ranks)
+
+    monkeypatch.setattr(Worker, "_take_gpus", told)
+    assert asked_for_a_requeue(small, tmp_path, monkeypatch, "RUNNING|None") == 1
+    assert ran("prepare") == []
 
 
 def test_a_failed_task_that_is_tried_again_is_running(
