@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,9 +21,9 @@ from ssl_diversity.data.remote import Client
 from ssl_diversity.errors import UserError
 
 _OPEN_BLOCKS = 256  # file handles kept by a process
-_LOCKS = 251  # that the blocks share
+_LOCKS = 4093  # that the blocks share
 _USE_NOTED_S = 1.0  # how exactly the last use of a block is known
-_SLACK = 20  # a full cache is emptied by a 20th, so that it is not listed for every block
+SLACK = 20  # a full cache is emptied by a 20th, so that it is not listed for every block
 
 
 class Key(NamedTuple):
@@ -63,7 +63,7 @@ class Block:
     def note_use(self, now: float) -> None:
         if now > self._noted_at + _USE_NOTED_S:
             self._noted_at = now
-            os.utime(self._descriptor)
+            _note_use(self._descriptor)
 
     @property
     def thrown_out(self) -> bool:
@@ -84,7 +84,7 @@ class ShardCache:
         self.client = client
         self.counts: Counter[str] = Counter()
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # open ones
-        self._swept_at = 0.0
+        self._swept_at = self._kept_at = 0.0
         self._lock = threading.Lock()
         (folder / ".locks").mkdir(parents=True, exist_ok=True)
         for temporary in folder.glob("*/.*.tmp"):  # of processes that were killed, unless its lock is held
@@ -115,6 +115,15 @@ class ShardCache:
                 for gone in [key for key, block in self._blocks.items() if block.thrown_out]:
                     del self._blocks[gone]
         return block
+
+    def keep(self, keys: Iterable[Key]) -> None:
+        """Blocks that will be read are not the least recently used, though others were read after they came."""
+        now = time.monotonic()
+        if now > self._kept_at + _USE_NOTED_S:
+            self._kept_at = now
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    _note_use(self.folder / key.name)
 
     def forget(self, key: Key) -> None:
         """Throw out a block whose content is wrong, unless another process has done so already."""
@@ -164,6 +173,7 @@ class ShardCache:
                     )
                 self._count("fetches")  # before it is there for others, who may look at once
                 self._count("bytes", key.stop - key.start)
+                _note_use(temporary)
                 with self._locked("room"):  # not synced: what a power cut leaves, checksums of images find
                     temporary.rename(path)
             except BaseException as error:
@@ -181,7 +191,7 @@ class ShardCache:
         with self._locked("room") as room:
             used = int(os.pread(room, 20, 0) or -1)
             if used < 0 or used + size > self.max_bytes:
-                used = self._evict(self.max_bytes - size - self.max_bytes // _SLACK)
+                used = self._evict(self.max_bytes - size - self.max_bytes // SLACK)
             os.pwrite(room, f"{used + size:020d}".encode(), 0)
             file.truncate(size)
 
@@ -233,8 +243,14 @@ class ShardCache:
             os.close(descriptor)
 
 
+def _note_use(file: int | Path) -> None:
+    """Now, and to the nanosecond: the kernel's own stamps of what comes within milliseconds are equal."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
+
+
 def _lock_of(temporary: Path) -> str:
-    return f"{zlib.crc32(f'{temporary.parent.name}/{temporary.name}'.encode()) % _LOCKS:03d}"
+    return f"{zlib.crc32(f'{temporary.parent.name}/{temporary.name}'.encode()) % _LOCKS:04d}"
 
 
 def default_folder() -> Path:

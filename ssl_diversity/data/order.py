@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,15 +60,26 @@ def slots(order: Order, rank: int, world: int) -> slice:
     return slice(rank * share, (rank + 1) * share)
 
 
+class Need(NamedTuple):
+    """A piece that is fetched ahead from step `soonest` on, when what it takes the place of has been read through.
+
+    It is read up to step `until`; None: at any time, so that it takes no other's place.
+    """
+
+    piece: Piece
+    soonest: int
+    until: int | None
+
+
 def upcoming(
     order: Order, pieces: Sequence[Piece], step: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[Piece]:
+) -> Iterator[Need]:
     """The pieces of a subset that a rank needs from `step` on, in the order of first need, epoch after epoch.
 
     A windowed order knows (`WindowedOrder.upcoming`); a global one needs all of them at any time.
     """
     ahead = getattr(order, "upcoming", None)
-    return ahead(step, rank, world) if ahead else iter(pieces)
+    return ahead(step, rank, world) if ahead else (Need(piece, 0, None) for piece in pieces)
 
 
 class GlobalOrder:

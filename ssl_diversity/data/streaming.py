@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_diversity import files
-from ssl_diversity.data.cache import Key, Origin, ShardCache, default_folder
-from ssl_diversity.data.order import Order, upcoming
+from ssl_diversity.data.cache import SLACK, Key, Origin, ShardCache, default_folder
+from ssl_diversity.data.order import Need, Order, upcoming
 from ssl_diversity.data.reading import Decode, Images, RandomReader
 from ssl_diversity.data.remote import Client, FetchError
 from ssl_diversity.data.shards import ShardReader
@@ -77,8 +77,8 @@ class StreamingReader(RandomReader):
         self.close()
         self._share = workers
         if self.order is not None and self._far.parts:
-            pieces = upcoming(self.order, self.subset.pieces, start, rank, world)
-            self._ahead = _Ahead(self.cache, self._far, pieces, self._far.rows_at_a_time(self.order, world))
+            needs = upcoming(self.order, self.subset.pieces, start, rank, world)
+            self._ahead = _Ahead(self.cache, self._far, needs, start, self.order.batch_size // world)
 
     def close(self) -> None:
         """End the threads that fetch ahead."""
@@ -202,16 +202,10 @@ class _Far:
         if order is None:  # read in some sequence, nothing twice
             return 2 * _FETCHERS * self.block_bytes
         sizes = sorted(map(self._bytes_of_piece, self.subset.pieces))
-        return sum(sizes[-_pieces_at_a_time(order, nodes) :])
-
-    def rows_at_a_time(self, order: Order, world: int) -> int:
-        counts = sorted(piece.count for piece in self.subset.pieces)
-        return sum(counts[-_pieces_at_a_time(order, world) :])
-
-
-def _pieces_at_a_time(order: Order, ranks: int) -> int:
-    """Two windows of all lanes of one of so many ranks; 0: all pieces."""
-    return 2 * order.shards * -(-order.lanes // ranks) if isinstance(order, WindowedOrder) else 0
+        if not isinstance(order, WindowedOrder):
+            return sum(sizes)
+        two_windows = sum(sizes[-2 * order.shards * -(-order.lanes // nodes) :])
+        return two_windows + -(-two_windows // (SLACK - 1))
 
 
 def _too_small(far: _Far, order: Order | None, needed: int, given: int) -> str:
@@ -227,18 +221,20 @@ def _too_small(far: _Far, order: Order | None, needed: int, given: int) -> str:
 
 
 class _Ahead:
-    """Threads that bring the blocks of `pieces` before they are read, at most `rows` images ahead of reading.
+    """Threads that bring the blocks of what is needed from step `start` on, before they are read.
 
     A failure is left to whoever reads the block, to be raised there.
     """
 
-    def __init__(self, cache: ShardCache, far: _Far, pieces: Iterator[Piece], rows: int) -> None:
-        self._cache, self._far, self._rows = cache, far, rows
+    def __init__(self, cache: ShardCache, far: _Far, needs: Iterator[Need], start: int, batch: int) -> None:
+        self._cache, self._far = cache, far
+        self._start, self._batch = start, batch
         self._read = 0  # images
+        self._given: list[tuple[int, list[Key]]] = []  # blocks that are needed up to a step
         self._ended = False
         self._moved = threading.Condition()
         self._taking = threading.Lock()
-        self._blocks = self._paced(pieces)
+        self._blocks = self._paced(needs)
         for _ in range(_FETCHERS):
             threading.Thread(target=self._fetch, daemon=True, name="fetch-ahead").start()
 
@@ -252,13 +248,21 @@ class _Ahead:
             self._ended = True
             self._moved.notify_all()
 
-    def _paced(self, pieces: Iterator[Piece]) -> Iterator[tuple[Key, Origin]]:
-        given = 0
-        for piece in pieces:
-            given += piece.count
+    @property
+    def _step(self) -> int:
+        """That is read now."""
+        return self._start + self._read // self._batch
+
+    def _paced(self, needs: Iterator[Need]) -> Iterator[tuple[Key, Origin]]:
+        for need in needs:
             with self._moved:
-                self._moved.wait_for(lambda: self._ended or given <= self._rows + self._read)  # noqa: B023
-            yield from self._far.of_piece(piece)
+                self._moved.wait_for(lambda: self._ended or need.soonest <= self._step)  # noqa: B023
+            self._given = [(until, keys) for until, keys in self._given if until >= self._step]
+            self._cache.keep(key for _, keys in self._given for key in keys)
+            blocks = list(self._far.of_piece(need.piece))
+            if need.until is not None:
+                self._given.append((need.until, [key for key, _ in blocks]))
+            yield from blocks
 
     def _fetch(self) -> None:
         while not self._ended:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ssl_diversity import budget as budgets
 from ssl_diversity import files
-from ssl_diversity.data.order import Domain, Indices, checked, numbered, permuted, seed_key, slots
+from ssl_diversity.data.order import Domain, Indices, Need, checked, numbered, permuted, seed_key, slots
 from ssl_diversity.data.subset import Piece
 from ssl_diversity.errors import UserError
 
@@ -91,28 +91,37 @@ class WindowedOrder:
             out[here] = self._at(e, lanes, given[here] - self._supplied(e)[lanes])
         return out.reshape(asked.shape)
 
-    def upcoming(self, step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Piece]:
+    def upcoming(self, step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Need]:
         """The pieces of the rank's windows from `step` on, cut to its lanes, in the order of first need.
 
-        A piece comes again in every epoch. Those of one lane's window come one after the other.
+        A piece comes again in every epoch. Those of one lane's window come one after the other, and are fetched
+        ahead once the lane has begun with the window before: it needs no more than two at a time.
         """
         mine = slots(self, rank, world)
         lanes = np.arange(mine.start // self._share, mine.stop // self._share)
         begin, end = step * self._share, self.steps * self._share  # of what each lane gives
         first, last = begin * self.lanes // self.unique_samples, (self.total - 1) // self.unique_samples
+        begun = np.zeros(self.lanes, np.int64)  # where each lane's window before opens
         for e in range(first, last + 1):
             table, before = self._epoch(e), self._supplied(e)
             window = np.flatnonzero(np.isin(table.lane_of_window, lanes))
             lane = table.lane_of_window[window]
             opens = table.windows.begins[window] - table.starts[lane]
             closes = table.windows.begins[window + 1] - table.starts[lane]
+            earlier = np.roll(opens + before[lane], 1)
+            is_first = np.diff(lane, prepend=-1) != 0
+            earlier[is_first] = begun[lane[is_first]]
+            begun[lane] = opens + before[lane]  # the last of each stays
             if self._tail(e):  # the head's images change places, across windows where it holds several
                 head = opens < self._head_size
                 opens[head], closes[head] = 0, np.maximum(closes[head], self._head_size)
             opens, closes = opens + before[lane], closes + before[lane]
+            soonest = np.minimum(-(-earlier // self._share), opens // self._share)
+            until = (closes - 1) // self._share
             for i in np.lexsort((window, opens)).tolist():
                 if opens[i] < end and closes[i] > begin:
-                    yield from self._window(table, int(window[i]))
+                    for piece in self._window(table, int(window[i])):
+                        yield Need(piece, int(soonest[i]), int(until[i]))
 
     def _window(self, table: "_Epoch", number: int) -> Iterator[Piece]:
         begins = table.pieces.begins

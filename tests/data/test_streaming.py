@@ -1,5 +1,6 @@
 """Streaming delivers what reading on the spot does, through any fault that can be mended; else one error."""
 
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -193,6 +194,35 @@ def test_a_small_cache_is_never_exceeded_and_no_window_is_fetched_twice(
     assert server.total("bytes") <= 2 * pool_bytes + 2 * 2 * BLOCK
 
 
+@pytest.mark.parametrize(("shards", "start"), [(1, 0), (2, 0), (2, 13)])
+def test_what_comes_next_stays_when_the_last_use_of_what_was_read_is_known(
+    serve: Callable[..., tuple[FaultServer, Pool]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    start: int,
+) -> None:
+    """As in windows of hours, with the smallest cache that is not refused."""
+    monkeypatch.setattr("ssl_diversity.data.cache._USE_NOTED_S", -1.0)
+    _, far = serve()
+    order = WindowedOrder(whole(far).pieces, BATCH, 1, 3 * ROWS, shards=shards, lanes=2)
+    needed = stream(far, order, tmp_path / "other")._far.needed_bytes(order)
+    reader = stream(far, order, tmp_path / "cache", cache_bytes=needed)
+    reader.begin(start)
+    for step in range(start, order.steps):
+        asked = itertools.takewhile(lambda need, step=step: need.soonest <= step, order.upcoming(start))
+        due = [need.piece for need in asked if need.until >= step]
+        keys = [key for piece in due for key, _ in reader._far.of_piece(piece)]
+        # one that shares a lock with another in flight is left to reading
+        wait_until(lambda keys=keys: sum(not (tmp_path / "cache" / key.name).exists() for key in keys) < 2)
+        reader.read(order.batch(step))
+        assert reader.cache.used_bytes() <= needed
+    reader.close()
+    assert reader.counts["cache:evicted"] > 0
+    fetched = sum(len(list(reader._far.of_piece(need.piece))) for need in order.upcoming(start))
+    assert reader.counts["cache:fetches"] <= fetched
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 100_000])
 def test_too_small_a_cache_is_refused_with_what_it_needs(
     serve: Callable[..., tuple[FaultServer, Pool]], tmp_path: Path, cache_bytes: int
@@ -214,7 +244,7 @@ def test_what_is_needed_next_comes_before_it_is_read_but_not_all(
     order = windowed(whole(near), lanes=2)
     reader = stream(far, order, tmp_path / "cache")
     reader.begin()
-    first = [key for key, _ in reader._far.of_piece(next(order.upcoming()))]
+    first = [key for key, _ in reader._far.of_piece(next(order.upcoming()).piece)]
     wait_until(lambda: all((tmp_path / "cache" / key.name).exists() for key in first))
     reader.close()
     assert server.total("bytes") <= 5 * 45_056  # two windows of two lanes, and what was on its way

@@ -141,13 +141,14 @@ def test_upcoming_has_what_a_rank_needs_in_time_and_nothing_of_another_rank(
         batch = order.batch(k)[mine].tolist()
         wanted += batch
         while not set(batch) <= set(came):
-            piece = next(ahead)  # no batch is left without what it needs
+            piece, soonest, until = next(ahead)  # no batch is left without what it needs
+            assert soonest <= k <= until
             whole = order._pieces[next(i for i, p in enumerate(order._pieces) if p[:2] == piece[:2])]
             assert piece.first_row - whole.first_row == piece.first_index - whole.first_index
             assert whole.first_index <= piece.first_index
             assert piece.first_index + piece.count <= whole.first_index + whole.count
             came += range(piece.first_index, piece.first_index + piece.count)
-    came += [i for piece in ahead for i in range(piece.first_index, piece.first_index + piece.count)]
+    came += [i for piece, _, _ in ahead for i in range(piece.first_index, piece.first_index + piece.count)]
     # whole windows: the first may be half used, the last not used up
     largest = max(np.diff(order._epoch(0).windows.begins).max() + order._head_size, share)
     epochs = 2 + (order.steps - step) * order.batch_size // order.unique_samples
@@ -157,10 +158,20 @@ def test_upcoming_has_what_a_rank_needs_in_time_and_nothing_of_another_rank(
 def test_each_epoch_brings_every_image_of_the_rank_once_and_first_needs_come_first() -> None:
     order = WindowedOrder(pieces(*[50] * 40), 40, 3, 4000, shards=2, lanes=8)
     for world in (1, 2, 4, 8):
-        got = [list(order.upcoming(0, rank, world)) for rank in range(world)]
+        got = [[need.piece for need in order.upcoming(0, rank, world)] for rank in range(world)]
         images = [i for part in got for p in part for i in range(p.first_index, p.first_index + p.count)]
         assert np.bincount(images).tolist() == [2] * 2000
         assert len({p.shard for p in got[0][: 2 * 8 // world]}) == 2 * 8 // world  # one window of each lane
+
+
+def test_a_lane_holds_two_windows_at_a_time() -> None:
+    order = WindowedOrder(pieces(*[25, 30, 20, 40] * 10), 40, 3, 6 * 1150, shards=2, lanes=4)
+    for lane, start in itertools.product(range(4), (0, 3)):
+        needs = list(order.upcoming(start, lane, 4))
+        for step in range(start, order.steps):
+            of_two_epochs = step * 40 // 1150 < (step * 40 + 39) // 1150
+            held = sum(need.soonest <= step <= need.until for need in needs)
+            assert held <= 2 * order.shards + of_two_epochs
 
 
 def test_a_window_is_read_through_before_the_next_and_the_orders_of_epochs_differ() -> None:
@@ -202,7 +213,7 @@ def test_what_cannot_work_names_what_does() -> None:
 
 def test_a_global_order_needs_every_piece_at_any_time() -> None:
     shards = pieces(100, 100)
-    assert list(upcoming(GlobalOrder(200, 20, 0, 400), shards, 3)) == list(shards)
+    assert [need.piece for need in upcoming(GlobalOrder(200, 20, 0, 400), shards, 3)] == list(shards)
     windowed = WindowedOrder(shards, 20, 0, 400, shards=1, lanes=2)
     assert list(upcoming(windowed, shards, 3)) == list(windowed.upcoming(3))
 
