@@ -122,7 +122,7 @@ class ShardCache:
         if now > self._kept_at + _USE_NOTED_S:
             self._kept_at = now
             for key in keys:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     _note_use(self.folder / key.name)
 
     def forget(self, key: Key) -> None:
@@ -246,7 +246,10 @@ class ShardCache:
 def _note_use(file: int | Path) -> None:
     """Now, and to the nanosecond: the kernel's own stamps of what comes within milliseconds are equal."""
     now = time.time_ns()
-    os.utime(file, ns=(now, now))
+    try:
+        os.utime(file, ns=(now, now))
+    except PermissionError:  # another user's, who shares the cache: only the kernel's stamp may be set
+        os.utime(file)
 
 
 def _lock_of(temporary: Path) -> str:

@@ -26,6 +26,7 @@ from ssl_diversity.runtime import Runtime
 BLOCK_BYTES = 1 << 23
 _FETCHERS = 4  # blocks that a process fetches ahead at a time
 _NOTE_S = 5.0
+_KEEP_S = 30.0
 _FETCHES_OF_DAMAGED = 3  # of a block with an image that is not what the index says, before that is an error
 
 
@@ -38,7 +39,7 @@ class StreamingReader(RandomReader):
     requests, bytes and retry:CAUSE of this process. A pool at a path is read where it is.
 
     Raises UserError where the cache cannot hold what the order needs at a time on one of `nodes`: two windows of
-    every lane, or of a global order the whole subset.
+    every lane and a twentieth more, or of a global order the whole subset.
     """
 
     tier = "streaming"
@@ -255,14 +256,23 @@ class _Ahead:
 
     def _paced(self, needs: Iterator[Need]) -> Iterator[tuple[Key, Origin]]:
         for need in needs:
-            with self._moved:
-                self._moved.wait_for(lambda: self._ended or need.soonest <= self._step)  # noqa: B023
-            self._given = [(until, keys) for until, keys in self._given if until >= self._step]
-            self._cache.keep(key for _, keys in self._given for key in keys)
+            while not self._is_due(need):
+                self._keep()
             blocks = list(self._far.of_piece(need.piece))
             if need.until is not None:
                 self._given.append((need.until, [key for key, _ in blocks]))
-            yield from blocks
+            for block in blocks:
+                self._keep()
+                yield block
+
+    def _is_due(self, need: Need) -> bool:
+        with self._moved:
+            return self._moved.wait_for(lambda: self._ended or need.soonest <= self._step, _KEEP_S)
+
+    def _keep(self) -> None:
+        """What was fetched and is still to be read does not give way, to others of this node either."""
+        self._given = [(until, keys) for until, keys in self._given if until >= self._step]
+        self._cache.keep(key for _, keys in self._given for key in keys)
 
     def _fetch(self) -> None:
         while not self._ended:

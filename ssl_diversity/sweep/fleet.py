@@ -36,7 +36,7 @@ JUST_SENT_S = 3.0  # until squeue knows a job for sure
 ASIDE = "over-"  # folders of records that say nothing more, by when their run began
 COUNTED = losses.CRASHED | {"CANCELLED"}  # ends that bear on how many workers are sent
 HELD = re.compile(
-    r"launch.failed|requeued.in.held|JobHeldAdmin|JobHoldMaxRequeue", re.IGNORECASE
+    r"launch.fail|requeued.(in.)?held|JobHeldAdmin|JobHoldMaxRequeue", re.IGNORECASE
 )  # not by the user
 
 Work = Callable[[Order, int], Callable[[], Any]]  # a worker, from its order and its number

@@ -209,7 +209,7 @@ def _watch(
                 if current.refresh(done) is not plan:
                     continue  # what it waited for has appeared between the two looks
             if stopped and crew is not None and not (signalled and on_slurm):
-                # here again and again: submitit drops what a worker is told before it works
+                # here again and again: submitit drops what a worker is told while it starts
                 if on_slurm:
                     orders.cancel(order.sweep, everybody=False)
                 with contextlib.suppress(slurm.NoAnswer):  # then they find by themselves that they are to end

@@ -102,7 +102,7 @@ class Run:
     def __init__(
         self, order: Order, group: Group | None = None, place: str = "", told: Sequence[int] = ()
     ) -> None:
-        """`told` are signals that came before; more may be added until it works."""
+        """`told` are signals that came before it works; those that come afterwards are added."""
         self.group, self.place = group or Group(), place or estimate.place(order.profile)
         self.libraries = Libraries(order, self.place)
         self.told, self.signals = told, list[int]()
@@ -139,11 +139,11 @@ class Run:
         """Whether its work is to be gone on with in its place: not that of a job that was cancelled."""
         if orders.newer(self.order).cancelled:
             return False
-        warned = signal.SIGUSR2 in self.signals
-        if signal.SIGTERM in self.signals and isinstance(self.profile, SlurmProfile):
+        if signal.SIGTERM in (*self.signals, *self.told) and isinstance(self.profile, SlurmProfile):
             meant = slurm.meant_to_run(claims.this_job())
-            return warned if meant is None else meant
-        return self.unfinished or warned
+            if meant is not None:
+                return meant
+        return self.unfinished or signal.SIGUSR2 in self.signals
 
     def follow(self) -> None:
         """Do what rank 0 says, until it has nothing more."""

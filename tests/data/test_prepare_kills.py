@@ -105,17 +105,19 @@ def test_a_killed_worker_and_ctrl_c_end_all_processes_and_keep_finished_parts(tm
 
 
 TOLD = """
-import signal, sys, threading
+import signal, sys, threading, time
 from ssl_diversity.data import prepare, recipes
 from ssl_diversity.errors import Interrupted
 from ssl_diversity.runtime import Runtime
 prepare._PART_ITEMS = 8
 stop = threading.Event()
+def slow(text):  # so that it is told in time
+    time.sleep(0.05)
 if __name__ == "__main__":
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        prepare.prepare(recipes.resolve("digits"), processes=2, runtime=Runtime(stop=stop.is_set))
+        prepare.prepare(recipes.resolve("digits"), processes=2, runtime=Runtime(stop=stop.is_set, note=slow))
     except Interrupted as error:
         sys.exit(f"Interrupted: {error}")
 """

@@ -141,14 +141,18 @@ def test_upcoming_has_what_a_rank_needs_in_time_and_nothing_of_another_rank(
         batch = order.batch(k)[mine].tolist()
         wanted += batch
         while not set(batch) <= set(came):
-            piece, soonest, until = next(ahead)  # no batch is left without what it needs
-            assert soonest <= k <= until
+            piece = next(ahead).piece  # no batch is left without what it needs
             whole = order._pieces[next(i for i, p in enumerate(order._pieces) if p[:2] == piece[:2])]
             assert piece.first_row - whole.first_row == piece.first_index - whole.first_index
             assert whole.first_index <= piece.first_index
             assert piece.first_index + piece.count <= whole.first_index + whole.count
             came += range(piece.first_index, piece.first_index + piece.count)
     came += [i for piece, _, _ in ahead for i in range(piece.first_index, piece.first_index + piece.count)]
+    needs = list(order.upcoming(step, rank, world))
+    for k in range(step, order.steps):
+        at_hand = [need.piece for need in needs if need.soonest <= k <= need.until]
+        images = [i for piece in at_hand for i in range(piece.first_index, piece.first_index + piece.count)]
+        assert set(order.batch(k)[mine].tolist()) <= set(images)
     # whole windows: the first may be half used, the last not used up
     largest = max(np.diff(order._epoch(0).windows.begins).max() + order._head_size, share)
     epochs = 2 + (order.steps - step) * order.batch_size // order.unique_samples
@@ -172,6 +176,9 @@ def test_a_lane_holds_two_windows_at_a_time() -> None:
             of_two_epochs = step * 40 // 1150 < (step * 40 + 39) // 1150
             held = sum(need.soonest <= step <= need.until for need in needs)
             assert held <= 2 * order.shards + of_two_epochs
+        windows = sorted({(need.until, need.soonest) for need in needs})
+        for (until, _), _, (_, soonest) in zip(windows, windows[1:], windows[2:], strict=False):
+            assert soonest <= until + 1  # once a window is open, the next one is fetched
 
 
 def test_a_window_is_read_through_before_the_next_and_the_orders_of_epochs_differ() -> None:

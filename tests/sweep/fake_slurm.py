@@ -51,17 +51,9 @@ def replace(path: Path, value: Any) -> None:
 
 
 def new_job(array: int, index: str) -> Job:
-    job: Job = {
-        "array": array,
-        "index": index,
-        "number": 0,
-        "state": "PENDING",
-        "comment": "",
-        "name": "",
-        "asked": "",
-    }
+    job: Job = {"array": array, "index": index, "number": 0, "state": "PENDING", "comment": "", "name": ""}
     job |= {"restarts": 0, "history": [], "exit": "0:0", "runner": 0, "group": 0, "step": 0, "begin": 0.0}
-    return {**job, "started": 0.0, "time_s": 3600, "notice_s": 0, "requeue": True}
+    return {**job, "asked": "", "started": 0.0, "time_s": 3600, "notice_s": 0, "requeue": True}
 
 
 def _label(job: Job) -> str:
@@ -261,7 +253,12 @@ class Command:
             seen |= {job["array"]} if whole else set()
             left_s = int(job["time_s"] - (time.time() - job["started"] if job["started"] else 0))
             values = {"%A": job["number"] or job["array"], "%F": job["array"], "%K": job["index"] or "N/A"}
-            values |= {"%r": "None", "%T": job["state"], "%k": job["comment"] or "(null)", "%j": job["name"]}
+            values |= {
+                "%r": "TimeLimit" if job["asked"] == "TIMEOUT" else "None",
+                "%T": job["state"],
+                "%k": job["comment"] or "(null)",
+                "%j": job["name"],
+            }
             values["%L"] = f"{left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
             print(re.sub(r"%[A-Za-z]", lambda match, values=values: str(values[match[0]]), given["format"]))
 
@@ -330,6 +327,8 @@ class Command:
                             _fail(f"Requested operation is presently disabled for job {name}")
                         if job["state"] == "RUNNING":
                             _stop(job, "REQUEUED")
+                        elif job["state"] == "COMPLETING":
+                            job["asked"] = "REQUEUED"
 
     def scancel(self, *words: str) -> None:
         given = _options(words, "state", "signal")

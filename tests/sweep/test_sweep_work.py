@@ -22,6 +22,7 @@ from ssl_diversity.sweep.store import Done
 from ssl_diversity.sweep.work import Worker, run_worker
 
 pytestmark = pytest.mark.usefixtures("fakes")
+UNKNOWN = "slurm_load_jobs error: Unable to contact slurm controller"
 TOTAL = 3 + 4 + 6 + 3
 
 
@@ -147,6 +148,9 @@ def test_a_signal_stops_it_and_frees_its_task(
         (([signal.SIGUSR2, signal.SIGTERM], "COMPLETING|TimeLimit"), True),
         (([signal.SIGTERM, signal.SIGUSR2], "COMPLETING|TimeLimit"), True),
         (([], "RUNNING|None"), False),
+        (([signal.SIGTERM], ""), False),  # gone
+        (([signal.SIGTERM], UNKNOWN), False),
+        (([signal.SIGUSR2, signal.SIGTERM], UNKNOWN), True),
     ],
 )
 def test_slurm_gets_its_job_back_after_a_time_limit_or_a_preemption(
@@ -166,7 +170,7 @@ def asked_for_a_requeue(
 ) -> int:
     """How often a worker asks submitit for it, of whose job squeue tells that `state`."""
     squeue = folder / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho '{state}'\n")
+    squeue.write_text(f"#!/bin/sh\necho '{state}'\nexit {int(state == UNKNOWN)}\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
