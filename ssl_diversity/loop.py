@@ -12,6 +12,7 @@ import errno
 import logging
 import math
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -145,6 +146,7 @@ class _Guard(pl.Callback):
         self.history: list[list[float]] = []
         self.seconds = 0.0
         self.agreed = False
+        self._sigterm = signal.getsignal(signal.SIGTERM)
         self._resumed_at = self._told_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,6 +157,17 @@ class _Guard(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._resumed_at = time.monotonic()
+        if callable(self._sigterm) and threading.current_thread() is threading.main_thread():
+            # the caller's, who asks to stop by it; Lightning's would exit without a checkpoint
+            signal.signal(signal.SIGTERM, self._sigterm)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Also asked to stop while it waited for a batch, which other ranks may have."""
+        alone = self.runtime.group.ranks.world == 1
+        if isinstance(exception, Interrupted) and not self.agreed and alone and trainer.global_step:
+            self._save(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

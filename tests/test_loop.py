@@ -1,6 +1,7 @@
 """The loop trains the exact budget, and a resumed run is the run that never stopped."""
 
 import ctypes
+import os
 import resource
 import signal
 from pathlib import Path
@@ -122,6 +123,50 @@ def test_ctrl_c_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_asked_to_stop_while_it_waits_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, _ = run(tmp_path / "a")
+    read = Reader.read
+    for step in range(STEPS):
+        batches = 0
+
+        def interrupted(self: Reader, indices: np.ndarray, step: int = step) -> np.ndarray:
+            nonlocal batches
+            batches += 1
+            if batches > step:
+                raise Interrupted("no server answers, and the worker is told to end")
+            return read(self, indices)
+
+        monkeypatch.setattr(Reader, "read", interrupted)
+        with pytest.raises(Interrupted):
+            run(tmp_path / f"b{step}")
+        monkeypatch.setattr(Reader, "read", read)
+        module, _ = run(tmp_path / f"b{step}")
+        assert module.seen[0][0] >= (step - 1) * BATCH  # Lightning asks for one more than it trains on
+        assert same(module, undisturbed)
+
+
+def test_a_sigterm_is_the_callers_at_any_moment(tmp_path: Path) -> None:
+    """Lightning's own would end the process without a result where it comes after the last step."""
+    told: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        result = loop.fit(
+            Module(),
+            order=Order(),
+            reader=Reader(),
+            out=tmp_path,
+            runtime=Runtime(progress=lambda done, total: os.kill(os.getpid(), signal.SIGTERM)),
+            precision="32-true",
+            checkpoint_samples=3 * BATCH,
+        )
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert result.samples_seen == STEPS * BATCH
+    assert set(told) == {signal.SIGTERM}
 
 
 def test_interrupted_twice(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -127,6 +128,7 @@ class Attempts:
                     self._say("taken over", task)
         except Interrupted:
             self._say("interrupted", task)
+            self._heard_by_a_rank(task, claim)
             self._interrupted(task, claim)
         except PeerLost as error:
             self._say(f"lost a rank ({error})", task)
@@ -149,6 +151,13 @@ class Attempts:
             self.worker.group.tell((task.kind, task.spec, task.folder))
         value: dict[str, Any] = function(self.order.functions[task.kind])(task.spec, task.folder, runtime)
         return value
+
+    def _heard_by_a_rank(self, task: Task, claim: Claim) -> None:
+        """All ranks stop when one is told to; this one need not be, and would begin the task again."""
+        shared = task.kind in SHARED and self.worker.group.ranks.world > 1
+        if shared and not (claim.lost.is_set() or self.worker.stop.is_set()):
+            self.worker.signals.append(signal.SIGUSR2)
+            self.worker.stop.set()
 
     def _interrupted(self, task: Task, claim: Claim) -> None:
         """A task that reached the time limit without a state to go on from would do so for ever: that counts."""

@@ -374,7 +374,7 @@ def _more(order: Order) -> float | None:
 @contextlib.contextmanager
 def _environment(order: Order) -> Iterator[None]:
     """What workers inherit. SIGINT is for the submitting process: it tells its workers to save and end
-    (submitit's local controller would kill them one second after a Ctrl-C)."""
+    (submitit's local controller would kill them one second after a Ctrl-C). Of SIGHUP that process dies, which they see."""
     values = {
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve their neighbours
         "OMP_NUM_THREADS": str(order.threads),
@@ -386,12 +386,13 @@ def _environment(order: Order) -> Iterator[None]:
     if not isinstance(order.profile, SlurmProfile) and order.profile.device != "cpu":
         values["SSL_DIVERSITY_GPUS"] = ",".join(visible_gpus())
     before = {name: os.environ.get(name) for name in values}
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     os.environ.update(values)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

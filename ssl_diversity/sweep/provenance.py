@@ -52,7 +52,7 @@ def _versions() -> dict[str, str]:
 @cache
 def _commit() -> str:
     """The code's git commit, `+` if files differ from it; "" where git cannot tell."""
-    git = ["git", "-C", str(files.REPOSITORY)]
+    git = ["git", "--no-optional-locks", "-C", str(files.REPOSITORY)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

@@ -58,13 +58,14 @@ class Worker:
                 return run.follow()
             run.lead()
         if isinstance(run.profile, SlurmProfile):
-            if run.comes_back:
+            # neither what it asks SLURM now nor Python as it ends is to fail by a signal
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            comes_back = run.comes_back
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if comes_back:
                 self._come_back(run, run.profile, again)
             elif run.share_done:
                 run.successor(run.profile)
-            signal.signal(
-                signal.SIGUSR2, signal.SIG_IGN
-            )  # it would find Python ending, and end it as a failure
 
     def checkpoint(self) -> Any:
         """What submitit submits again: the same worker (what is done is in the store)."""

@@ -191,20 +191,26 @@ def test_a_second_sweep_at_once_shares_the_work(
 
 
 @pytest.mark.usefixtures("fakes")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
     small: SweepConfig, profile: LocalProfile, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_S", "0.2")
     process = start(profile)
     wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as Ctrl-C does
+    if number != signal.SIGTERM:
+        os.killpg(process.pid, number)  # as Ctrl-C does, and a terminal that closes
     else:
         process.send_signal(number)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == 128 + number, output
-    assert "Run the same command again" in output.splitlines()[-1]
+    if number == signal.SIGHUP:  # nobody is there to be told
+        assert process.returncode == -number, output
+        wait_for(lambda: not list((config.runs_dir().parent / "store").rglob("claim.*")))
+    else:
+        assert process.returncode == 128 + number, output
+        assert "Run the same command again" in output.splitlines()[-1]
     assert not Order(small, profile, 1, 1.0).cancelled  # others who run it go on
     assert not list((config.runs_dir().parent / "store").rglob("claim.*"))
     assert not list((config.runs_dir().parent / "store").rglob("failed.*"))

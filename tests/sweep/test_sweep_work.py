@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ssl_diversity import files
+from ssl_diversity.ranks import Group, Ranks
 from ssl_diversity.sweep import claims, orders, status, store, work
 from ssl_diversity.sweep.config import SweepConfig
 from ssl_diversity.sweep.orders import Order
@@ -203,6 +204,21 @@ def test_another_worker_is_sent_where_slurm_refuses_unless_it_has_the_job_alread
     monkeypatch.setattr(work.Run, "successor", lambda run, profile: calls.append(profile) or True)
     assert asked_for_a_requeue(small, tmp_path, monkeypatch, state, refused=True) == 1
     assert bool(calls) == sent
+
+
+@pytest.mark.usefixtures("pools")
+def test_a_worker_whose_other_rank_was_told_to_stop_comes_back_and_begins_nothing(small: SweepConfig) -> None:
+    slurm = SlurmProfile(executor="slurm", workers=1, time_min=10)
+    order = Order(small, slurm, 1, time.time())
+    orders.keep(order)
+    (cell, *_) = (task for task in expand(small).tasks if task.kind == "pretrain")
+    cell.folder.mkdir(parents=True)
+    claim = claims.claim(cell.folder, stale_s=60)
+    assert claim is not None
+    for ranks, stops in ((1, False), (2, True)):
+        run = work.Run(order, Group(Ranks(0, ranks)))
+        run.attempts._heard_by_a_rank(cell, claim)
+        assert (run.stop.is_set(), run.comes_back) == (stops, stops)
 
 
 def test_a_signal_that_comes_before_it_works_is_not_lost(
