@@ -146,6 +146,7 @@ class _Guard(pl.Callback):
         self.history: list[list[float]] = []
         self.seconds = 0.0
         self.agreed = False
+        self._trained = False
         self._sigterm = signal.getsignal(signal.SIGTERM)
         self._resumed_at = self._told_at = time.monotonic()
 
@@ -166,13 +167,17 @@ class _Guard(pl.Callback):
     ) -> None:
         """Also asked to stop while it waited for a batch, which other ranks may have."""
         alone = self.runtime.group.ranks.world == 1
-        if isinstance(exception, Interrupted) and not self.agreed and alone and trainer.global_step:
-            self._save(trainer)
+        if isinstance(exception, Interrupted) and not self.agreed and alone and self._trained:
+            try:
+                self._save(trainer)
+            except Exception as error:
+                warnings.warn(f"{self.checkpoint}: not written ({error})", stacklevel=2)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        self._trained = True
         stopping = self.runtime.group.any(self.runtime.stop())
         if step % self.history_every == 0 or step == self.steps:
             losses = self.runtime.group.gather(float(cast(Tensor, pl_module.last_loss)))

@@ -229,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 600.0) -> None:
     """Until `condition()`, or an AssertionError."""
     end = time.monotonic() + seconds
     while not condition():

@@ -248,8 +248,11 @@ def _note_use(file: int | Path) -> None:
     now = time.time_ns()
     try:
         os.utime(file, ns=(now, now))
-    except PermissionError:  # another user's, who shares the cache: only the kernel's stamp may be set
-        os.utime(file)
+    except (
+        PermissionError
+    ):  # another user's, who shares the cache: only the kernel's stamp may be set, if that
+        with contextlib.suppress(PermissionError):
+            os.utime(file)
 
 
 def _lock_of(temporary: Path) -> str:

@@ -264,6 +264,10 @@ class _Ahead:
             for block in blocks:
                 self._keep()
                 yield block
+        while self._given and not self._ended:
+            with self._moved:
+                self._moved.wait(_KEEP_S)
+            self._keep()
 
     def _is_due(self, need: Need) -> bool:
         with self._moved:

@@ -156,7 +156,7 @@ class Attempts:
         """All ranks stop when one is told to; this one need not be, and would begin the task again."""
         shared = task.kind in SHARED and self.worker.group.ranks.world > 1
         if shared and not (claim.lost.is_set() or self.worker.stop.is_set()):
-            self.worker.signals.append(signal.SIGUSR2)
+            self.worker.signals += [signal.SIGTERM, signal.SIGUSR2]  # whichever it was
             self.worker.stop.set()
 
     def _interrupted(self, task: Task, claim: Claim) -> None:

@@ -176,10 +176,8 @@ def _skew_s(store: Path, period: int) -> float:
         before = time.time()
         probe.touch()
         modified, after = probe.stat().st_mtime, time.time()
-        ahead = modified - (before + after) / 2
-        return (
-            ahead if abs(ahead) > FINE_SKEW_S + (after - before) / 2 else 0.0
-        )  # of a slow disk, not a clock
+        ahead, unknown = modified - (before + after) / 2, (after - before) / 2  # a disk may be slow
+        return ahead if abs(ahead) > FINE_SKEW_S + unknown else 0.0
     except OSError:
         return 0.0
     finally:

@@ -247,7 +247,7 @@ def _kept_up(
     crew: fleet.Fleet, now: status.Snapshot, waiting: bool, before: int, stopped: bool
 ) -> tuple[int, str]:
     """(how many workers there are, what keeps more from being sent)."""
-    if now.over or stopped:  # those that were starting may have asked for a requeue
+    if now.over:
         crew.dismiss()
     count = crew.alive()
     if not (stopped or now.over or (count < before and _disk_is_full())):

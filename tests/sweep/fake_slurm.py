@@ -155,6 +155,8 @@ class Command:
 
     def run(self, array: str, index: str) -> None:
         """A job from its start to its end: what slurmstepd does."""
+        for number in (signal.SIGTERM, signal.SIGUSR2):  # whatever who submitted it ignores
+            signal.signal(number, signal.SIG_DFL)
         given = json.loads((self.folder / f"{array}.json").read_text())
         name = f"{array}_{index}" if index else array
         with remembered(self.folder) as now:

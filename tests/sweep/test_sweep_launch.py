@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fault_server import wait_until
 from rich.console import Console
 
 from ssl_diversity.errors import UserError
@@ -24,7 +25,7 @@ from ssl_diversity.sweep.profile import LocalProfile, SlurmProfile
 from ssl_diversity.sweep.store import Done
 
 RUN = (
-    "import sys\n"
+    "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup ignores
     "sys.path.insert(0, {folder!r})\n"
     "import sweep_fakes\n"
     "from ssl_diversity.sweep import config, launch, task\n"
@@ -52,13 +53,6 @@ def ran() -> Counter[tuple[str, str]]:
     import sweep_fakes
 
     return Counter((run["kind"], run["key"]) for run in sweep_fakes.executions())
-
-
-def wait_for(condition, timeout_s: float = 600) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def said(console: Console) -> str:
@@ -199,7 +193,7 @@ def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_S", "0.2")
     process = start(profile)
-    wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
+    wait_until(lambda: any(kind == "pretrain" for kind, _ in ran()))
     if number != signal.SIGTERM:
         os.killpg(process.pid, number)  # as Ctrl-C does, and a terminal that closes
     else:
@@ -207,7 +201,8 @@ def test_a_signal_to_the_submitter_stops_its_workers_cleanly(
     output, _ = process.communicate(timeout=600)
     if number == signal.SIGHUP:  # nobody is there to be told
         assert process.returncode == -number, output
-        wait_for(lambda: not list((config.runs_dir().parent / "store").rglob("claim.*")))
+        wait_until(lambda: not list((config.runs_dir().parent / "store").rglob("claim.*")))
+        assert not status.snapshot(expand(small)).complete
     else:
         assert process.returncode == 128 + number, output
         assert "Run the same command again" in output.splitlines()[-1]
@@ -232,7 +227,7 @@ def test_workers_are_told_to_stop_until_they_do(
             stop(crew)
 
     def interrupt() -> None:
-        wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
+        wait_until(lambda: any(kind == "pretrain" for kind, _ in ran()))
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(fleet.Local, "stop", lost_twice)
@@ -251,7 +246,7 @@ def test_killed_with_its_whole_group_it_goes_on_at_once(
     monkeypatch.setenv("FAKE_STEP_S", "0.05")
     for done in (0, 2):
         process = start(profile)
-        wait_for(lambda done=done: sum(kind == "pretrain" for kind, _ in ran().elements()) > done)
+        wait_until(lambda done=done: sum(kind == "pretrain" for kind, _ in ran().elements()) > done)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     monkeypatch.setenv("FAKE_STEP_S", "0")
@@ -270,11 +265,11 @@ def test_a_submitter_that_dies_alone_takes_its_workers_with_it(
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_S", "0.5")
     process = start(profile)
-    wait_for(lambda: any(kind == "pretrain" for kind, _ in ran()))
+    wait_until(lambda: any(kind == "pretrain" for kind, _ in ran()))
     threading.Thread(target=process.wait, daemon=True).start()  # so that it is no zombie
     process.kill()
     store = config.runs_dir().parent / "store"
-    wait_for(lambda: not list(store.rglob("claim.*")))
+    wait_until(lambda: not list(store.rglob("claim.*")))
 
 
 def fake_slurm(folder: Path) -> Path:
