@@ -139,10 +139,8 @@ def test_twenty_faults_change_no_result(cluster: Cluster, tmp_path: Path) -> Non
     assert equal_weights(quiet, stormy)
     assert comparable(results(stormy)).equals(comparable(results(quiet)))
     assert max(published(stormy).values()) == 1
-    claims = (stormy / "store").rglob("claim.*")
-    assert [
-        path for path in claims if not path.with_name("result.json").exists()
-    ] == []  # published, and then killed
+    claims = (stormy / "store").rglob("claim.*")  # but for those who published, and were killed just then
+    assert [path for path in claims if not path.with_name("result.json").exists()] == []
     ratio = samples_trained(stormy) / samples_trained(quiet)
     print(
         f"samples trained: {samples_trained(quiet)} undisturbed, {ratio:.3f} times as many with {count} faults"

@@ -19,7 +19,6 @@ FAKES = ["--fakes", "sources=[digits]", "methods=[simclr,byol]", "unique_samples
 
 @pytest.fixture(autouse=True)
 def nobody_else(cluster: Cluster) -> None:
-    """Workers of the test before may be leaving still."""
     cluster.empty()
 
 
@@ -193,4 +192,4 @@ def test_what_the_cluster_would_answer(cluster: Cluster, tmp_path: Path) -> None
     assert "in partition main" in fine
     bad = profile(tmp_path / "q.yaml", cluster, partition="nope", time_min=10)
     assert "known: high, main" in run(tmp_path, "launch", "check", str(bad), status=1).stdout
-    cluster.empty()
+    assert not cluster.squeue()
