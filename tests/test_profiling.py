@@ -37,9 +37,11 @@ def test_the_parts_of_a_step_add_up_to_it(home: Path, method: str, monkeypatch: 
     assert sum(found.parts.values()) == pytest.approx(found.step_s)
     assert all(found.parts[part] > 0 for part in MEASURED)
     assert found.parts["checkpoints"] == 0  # fewer samples than a checkpoint takes
+    busy = sum(found.parts[part] for part in MEASURED)
+    assert found.parts["views"] + found.parts["forward"] + found.parts["backward"] > 0.3 * busy
     assert found.samples_per_second == pytest.approx(64 / found.step_s)
     assert found.flops_per_second == pytest.approx(found.flops_per_sample * found.samples_per_second)
-    assert found.share_of_peak > 0
+    assert 0 < found.share_of_peak < 1
     assert found.steps == 4
     assert told == [(0, 1)]
 

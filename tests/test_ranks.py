@@ -89,7 +89,7 @@ def test_in_single_precision_loss_curves_are_equal_within_a_thousandth(
     alone: Any, two: Any, case: str
 ) -> None:
     expected, found = alone[case][0], two[0]["trained"][case][0]
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert found == pytest.approx(expected, rel=2e-3)
 
 

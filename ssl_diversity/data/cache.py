@@ -23,7 +23,7 @@ from ssl_diversity.errors import UserError
 _OPEN_BLOCKS = 256  # file handles kept by a process
 _LOCKS = 4093  # that the blocks share
 _USE_NOTED_S = 1.0  # how exactly the last use of a block is known
-SLACK = 20  # a full cache is emptied by a 20th, so that it is not listed for every block
+_SLACK = 20  # a full cache is emptied by a 20th, so that it is not listed for every block
 
 
 class Key(NamedTuple):
@@ -191,7 +191,7 @@ class ShardCache:
         with self._locked("room") as room:
             used = int(os.pread(room, 20, 0) or -1)
             if used < 0 or used + size > self.max_bytes:
-                used = self._evict(self.max_bytes - size - self.max_bytes // SLACK)
+                used = self._evict(self.max_bytes - size - self.max_bytes // _SLACK)
             os.pwrite(room, f"{used + size:020d}".encode(), 0)
             file.truncate(size)
 
@@ -243,14 +243,18 @@ class ShardCache:
             os.close(descriptor)
 
 
+def room_for(needed: int) -> int:
+    """How large a cache must be that always keeps `needed` bytes: one that is full is emptied by a 20th."""
+    return needed + -(-needed // (_SLACK - 1))
+
+
 def _note_use(file: int | Path) -> None:
     """Now, and to the nanosecond: the kernel's own stamps of what comes within milliseconds are equal."""
     now = time.time_ns()
     try:
         os.utime(file, ns=(now, now))
-    except (
-        PermissionError
-    ):  # another user's, who shares the cache: only the kernel's stamp may be set, if that
+    except PermissionError:
+        # another user's, who shares the cache: only the kernel's stamp may be set, if that
         with contextlib.suppress(PermissionError):
             os.utime(file)
 

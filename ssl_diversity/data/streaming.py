@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_diversity import files
-from ssl_diversity.data.cache import SLACK, Key, Origin, ShardCache, default_folder
+from ssl_diversity.data.cache import Key, Origin, ShardCache, default_folder, room_for
 from ssl_diversity.data.order import Need, Order, upcoming
 from ssl_diversity.data.reading import Decode, Images, RandomReader
 from ssl_diversity.data.remote import Client, FetchError
@@ -205,8 +205,7 @@ class _Far:
         sizes = sorted(map(self._bytes_of_piece, self.subset.pieces))
         if not isinstance(order, WindowedOrder):
             return sum(sizes)
-        two_windows = sum(sizes[-2 * order.shards * -(-order.lanes // nodes) :])
-        return two_windows + -(-two_windows // (SLACK - 1))
+        return room_for(sum(sizes[-2 * order.shards * -(-order.lanes // nodes) :]))  # two windows a lane
 
 
 def _too_small(far: _Far, order: Order | None, needed: int, given: int) -> str:

@@ -35,9 +35,8 @@ LOCK_WAIT_S = 0.2
 JUST_SENT_S = 3.0  # until squeue knows a job for sure
 ASIDE = "over-"  # folders of records that say nothing more, by when their run began
 COUNTED = losses.CRASHED | {"CANCELLED"}  # ends that bear on how many workers are sent
-HELD = re.compile(
-    r"launch.fail|requeued.(in.)?held|JobHeldAdmin|JobHoldMaxRequeue", re.IGNORECASE
-)  # not by the user
+# not by the user
+HELD = re.compile(r"launch.fail|requeued.(in.)?held|JobHeldAdmin|JobHoldMaxRequeue", re.IGNORECASE)
 
 Work = Callable[[Order, int], Callable[[], Any]]  # a worker, from its order and its number
 Kind = tuple[str, float | None]  # of workers: their class, and GiB where that is more than the class asks for

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,8 @@ class Worker:
 
     def __call__(self) -> None:
         again = signal.getsignal(signal.SIGUSR2)  # submitit's: saves the job and asks for a requeue
-        told: list[int] = []  # before it can stop; submitit lets this signal pass
-        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        signals: list[int] = []  # also before it can stop; submitit lets this one pass
+        signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
         order = self.order
         if isinstance(order.profile, SlurmProfile):
             order = orders.newer(order)
@@ -53,7 +52,7 @@ class Worker:
         ranks, place = Ranks.current(), estimate.place(order.profile)
         self._take_gpus(ranks)
         with joined(ranks, ranks.place(device(order.profile.device)), _meeting()) as group:
-            run = Run(order, group, place, told)
+            run = Run(order, group, place, signals)
             if not group.first:
                 return run.follow()
             run.lead()
@@ -101,12 +100,12 @@ class Run:
     """What one rank of a worker does between its start and its end."""
 
     def __init__(
-        self, order: Order, group: Group | None = None, place: str = "", told: Sequence[int] = ()
+        self, order: Order, group: Group | None = None, place: str = "", signals: list[int] | None = None
     ) -> None:
-        """`told` are signals that came before it works; those that come afterwards are added."""
+        """`signals` are those that came before it works; later ones are added."""
         self.group, self.place = group or Group(), place or estimate.place(order.profile)
         self.libraries = Libraries(order, self.place)
-        self.told, self.signals = told, list[int]()
+        self.signals = [] if signals is None else signals
         self.unfinished = False  # whether it ends with work left that it has no time for
         self.share_done = False  # whether it ends because it has done as many tasks as it may
         self.stayed = 0  # how often it was idle for `linger_s` and nobody else could be sent
@@ -140,7 +139,7 @@ class Run:
         """Whether its work is to be gone on with in its place: not that of a job that was cancelled."""
         if orders.newer(self.order).cancelled:
             return False
-        if signal.SIGTERM in (*self.signals, *self.told) and isinstance(self.profile, SlurmProfile):
+        if signal.SIGTERM in self.signals and isinstance(self.profile, SlurmProfile):
             meant = slurm.meant_to_run(claims.this_job())
             if meant is not None:
                 return meant
@@ -165,8 +164,8 @@ class Run:
     @contextlib.contextmanager
     def _signals(self) -> Any:
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        for number in self.told:
-            self._on_signal(number, None)
+        if self.signals:
+            self.stop.set()
         try:
             yield
         finally:
